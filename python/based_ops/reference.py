@@ -1,9 +1,10 @@
-"""Every op of based_ops in plain torch: same names, signatures and states, any device, differentiable.
+"""Every op of based_ops in plain torch: the same names, signatures and states.
 
-Written to be read and to be compared against, not to be fast: attention is quadratic in the
-sequence length. Inputs below fp32 are computed in fp32 (fp64 stays fp64) and each result is rounded
-once. Arguments are not checked, and future tokens are masked by a zero weight, so NaN in them does
-spread here (not in the ops). The decode functions are not differentiable, as in the ops.
+Any device, differentiable. Written to be read and to be compared against, not to be fast:
+attention is quadratic in the sequence length. Inputs below fp32 are computed in fp32 (fp64 stays
+fp64) and each result is rounded once. Arguments are not checked, and future tokens are masked by a
+zero weight, so NaN in them does spread here (not in the ops). The decode functions are not
+differentiable, as in the ops.
 
 Shapes: B batch, T tokens, H heads, D feature dim, F = 1 + D + D(D+1)/2, V head dim, W window,
 C channels, K taps, N sequences (B, or the number of packed ones).
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 def taylor_feature_map(x, *, scale=None):
     """Map (..., D) to (..., F) so that <map(q), map(k)> = 1 + s + s^2/2, s = scale <q, k>.
 
-    scale defaults to D^-0.5. Rotation order: 1; x_j; x_j^2/sqrt(2); x_j x_(j+r mod D), r = 1, 2, ...
+    scale defaults to D^-0.5. Rotation order: 1; x_j; x_j^2/sqrt(2); x_j x_(j+r mod D) for r >= 1.
     """
     return _taylor(_widen(x), scale).to(x.dtype)
 
@@ -34,11 +35,11 @@ def linear_attention(
     output_final_state=False,
     cu_seqlens=None,
 ):
-    """Causal attention with weights w = 1 + s + s^2/2, s = scale <q_t, k_s>: out_t = sum w v_s / sum w.
+    """Causal attention out_t = sum w v_s / sum w with w = 1 + s + s^2/2, s = scale <q_t, k_s>.
 
     q, k (B, T, H, D), v (B, T, H, V) -> out (B, T, H, V), or (out, (kv_state, k_state)).
-    kv_state (N, H, F, V) = sum map(k)^T v and k_state (N, H, F) = sum map(k), fp32 (fp64 for fp64 inputs).
-    normalize=False leaves out the denominator.
+    kv_state (N, H, F, V) = sum map(k)^T v and k_state (N, H, F) = sum map(k), fp32 (fp64 for fp64
+    inputs). normalize=False leaves out the denominator. scale defaults to D^-0.5.
     """
 
     def one_sequence(q, k, v, kv_state, k_state):
@@ -109,8 +110,8 @@ def sliding_window_attention(
 ):
     """Softmax attention in which query t sees the keys s with 0 <= t - s < window.
 
-    q, k, v (B, T, H, V) -> out (B, T, H, V), or (out, (k_cache, v_cache, positions)). scale: V^-0.5.
-    state = (k_cache, v_cache, positions). The caches (N, W, H, V) are rings: the key of absolute
+    q, k, v (B, T, H, V) -> out (B, T, H, V), or (out, (k_cache, v_cache, positions)). scale
+    defaults to V^-0.5. The caches (N, W, H, V) are rings: the key of absolute
     position p is in slot p mod W, slots never written are 0. positions (N,): tokens seen so far.
     """
 
@@ -261,7 +262,7 @@ def _num_sequences(x, cu_seqlens):
 
 
 def _each_sequence(fn, tensors, state, cu_seqlens):
-    """fn(*tensors, *state) -> (out, state) on the batch, or on each packed sequence of a batch of one."""
+    """fn(*tensors, *state) -> (out, state), on the batch or on each packed sequence."""
     tensors, state = [_widen(x) for x in tensors], [_widen(x) for x in state]
     if cu_seqlens is None:
         return fn(*tensors, *state)
