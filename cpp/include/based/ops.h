@@ -1,0 +1,34 @@
+// The ops. Each checks its arguments, writes its outputs and returns a Status that names op,
+// argument, expected and got. Outputs may be uninitialised; they must not overlap inputs.
+#pragma once
+
+#include "based/params.h"
+
+namespace based::cpu {
+
+Status taylor_feature_map(const TaylorFeatureMapParams&, ParallelFor = {});
+Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, ParallelFor = {});
+Status linear_attention(const LinearAttentionParams&, ParallelFor = {});
+Status linear_attention_backward(const LinearAttentionBackwardParams&, ParallelFor = {});
+Status linear_attention_decode(const LinearAttentionDecodeParams&, ParallelFor = {});
+Status sliding_window_attention(const SlidingWindowParams&, ParallelFor = {});
+Status sliding_window_attention_backward(const SlidingWindowBackwardParams&, ParallelFor = {});
+Status sliding_window_decode(const SlidingWindowDecodeParams&, ParallelFor = {});
+Status short_conv(const ShortConvParams&, ParallelFor = {});
+Status short_conv_backward(const ShortConvBackwardParams&, ParallelFor = {});
+Status short_conv_decode(const ShortConvDecodeParams&, ParallelFor = {});
+
+// Instruction set the CPU kernels run with: "generic", "avx2" or "avx512". The best one this
+// machine has, or the one named by the environment variable BASED_CPU_ISA.
+const char* instruction_set();
+
+}  // namespace based::cpu
+
+namespace based::cuda {
+
+using Stream = void*;  // a cudaStream_t of the device that the tensors live on
+
+Status taylor_feature_map(const TaylorFeatureMapParams&, Stream);
+Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, Stream);
+
+}  // namespace based::cuda

@@ -1,0 +1,129 @@
+// One plain params struct per op. A backward extends its forward; what the backward does not read
+// of the forward (outputs, final states) stays not given.
+//
+// B batch, T seqlen, H heads, D feature_dim, F expanded_dim, V head_dim, W window, C channels,
+// K taps, N sequences: B, or the number of packed sequences when cu_seqlens (N+1,) is given (B =
+// 1). Element types: float32, bfloat16, float16, and float64 on the CPU; linear-attention states
+// and lse are float32 (float64 for float64 inputs). Index tensors are int32 or int64. Any stride on
+// leading dimensions, the last one contiguous.
+#pragma once
+
+#include "based/types.h"
+
+namespace based {
+
+// Rows of the 2nd-order Taylor map of a feature_dim-wide vector.
+constexpr int64_t expanded_dim(int64_t feature_dim) {
+  return 1 + feature_dim + feature_dim * (feature_dim + 1) / 2;
+}
+
+// phi(sqrt(scale) x) in rotation order: 1; x_j; x_j^2/sqrt(2); x_j x_{(j+r) mod D} for r = 1..D/2.
+struct TaylorFeatureMapParams {
+  TensorView x;    // (..., D), up to 4 dimensions
+  TensorView out;  // (..., F)
+  double scale = 1.0;
+};
+
+struct TaylorFeatureMapBackwardParams : TaylorFeatureMapParams {
+  TensorView dout;  // (..., F)
+  TensorView dx;    // (..., D)
+};
+
+// out_t = sum_{s<=t} w_ts v_s / sum_{s<=t} w_ts, w = 1 + s + s^2/2, s = scale <q_t, k_s>.
+struct LinearAttentionParams {
+  TensorView q, k;                               // (B, T, H, D)
+  TensorView v;                                  // (B, T, H, V)
+  TensorView cu_seqlens;                         // optional (N+1,)
+  TensorView initial_kv_state, initial_k_state;  // optional (N, H, F, V), (N, H, F)
+  TensorView out;                                // (B, T, H, V)
+  TensorView final_kv_state, final_k_state;      // optional (N, H, F, V), (N, H, F)
+  double scale = 1.0;
+  bool normalize = true;
+};
+
+struct LinearAttentionBackwardParams : LinearAttentionParams {
+  TensorView dout;                                 // (B, T, H, V)
+  TensorView dfinal_kv_state, dfinal_k_state;      // optional, as the final states
+  TensorView dq, dk, dv;                           // as q, k, v
+  TensorView dinitial_kv_state, dinitial_k_state;  // optional, as the initial states
+};
+
+// One token per row; states are read and updated in place.
+struct LinearAttentionDecodeParams {
+  TensorView q, k;           // (B, H, D)
+  TensorView v;              // (B, H, V)
+  TensorView kv_state;       // (slots, H, F, V)
+  TensorView k_state;        // (slots, H, F)
+  TensorView state_indices;  // optional (B,): slot of each row, -1 skips the row (output 0)
+  TensorView out;            // (B, H, V)
+  double scale = 1.0;
+  bool normalize = true;
+};
+
+// softmax attention over the keys s with 0 <= t - s < window. The key of absolute position p lives
+// in slot p mod W of the ring; positions counts the tokens a sequence has seen.
+struct SlidingWindowParams {
+  TensorView q, k, v;                           // (B, T, H, V)
+  TensorView cu_seqlens;                        // optional (N+1,)
+  TensorView initial_k_cache, initial_v_cache;  // optional (N, W, H, V)
+  TensorView initial_positions;                 // optional (N,)
+  TensorView out;                               // (B, T, H, V)
+  TensorView lse;                               // (B, T, H): log sum exp of the scaled scores
+  TensorView final_k_cache, final_v_cache;      // optional (N, W, H, V)
+  TensorView final_positions;                   // optional (N,)
+  int64_t window = 0;
+  double scale = 1.0;
+};
+
+struct SlidingWindowBackwardParams : SlidingWindowParams {
+  TensorView dout;                                // (B, T, H, V)
+  TensorView dfinal_k_cache, dfinal_v_cache;      // optional, as the final caches
+  TensorView dq, dk, dv;                          // as q, k, v
+  TensorView dinitial_k_cache, dinitial_v_cache;  // optional, as the initial caches
+};
+
+// One token per row: k and v go to slot positions mod W, then q attends to what the ring holds.
+struct SlidingWindowDecodeParams {
+  TensorView q, k, v;           // (B, H, V)
+  TensorView k_cache, v_cache;  // (slots, W, H, V), updated in place
+  TensorView positions;         // (B,): tokens the row has seen before this one
+  TensorView state_indices;     // optional (B,)
+  TensorView out;               // (B, H, V)
+  double scale = 1.0;
+};
+
+enum class Activation : uint8_t { kNone, kSilu };
+
+// out_t = act(sum_j weight_j x_{t-K+1+j} + bias) * gate_t, channel by channel.
+struct ShortConvParams {
+  TensorView x;              // (B, T, C)
+  TensorView weight;         // (C, K), K = 2..8; the last tap meets the current token
+  TensorView bias;           // optional (C,)
+  TensorView gate;           // optional (B, T, C)
+  TensorView initial_state;  // optional (N, C, K-1): the last K-1 inputs, oldest first
+  TensorView cu_seqlens;     // optional (N+1,)
+  TensorView out;            // (B, T, C)
+  TensorView final_state;    // optional (N, C, K-1)
+  Activation activation = Activation::kNone;
+};
+
+struct ShortConvBackwardParams : ShortConvParams {
+  TensorView dout;            // (B, T, C)
+  TensorView dfinal_state;    // optional (N, C, K-1)
+  TensorView dx;              // (B, T, C)
+  TensorView dweight;         // (C, K)
+  TensorView dbias, dgate;    // optional, as bias, gate
+  TensorView dinitial_state;  // optional (N, C, K-1)
+};
+
+struct ShortConvDecodeParams {
+  TensorView x;              // (B, C)
+  TensorView weight;         // (C, K)
+  TensorView bias, gate;     // optional (C,), (B, C)
+  TensorView conv_state;     // (slots, C, K-1), updated in place
+  TensorView state_indices;  // optional (B,)
+  TensorView out;            // (B, C)
+  Activation activation = Activation::kNone;
+};
+
+}  // namespace based
