@@ -1,0 +1,237 @@
+"""A case of each op from its shape and baselines: inputs, expected outputs, bytes and flops.
+
+Which shapes and baselines are run is in suite_<device>.py.
+"""
+
+from functools import partial
+
+import based_ops
+import torch
+from based_ops import reference
+
+import baselines
+import oracle
+from registry import OURS, Case, Implementation, with_backward
+
+
+def linear_attention(
+    batch,
+    nheads,
+    seqlen,
+    feature_dim,
+    head_dim,
+    dtype,
+    device,
+    others,
+    targets=None,
+    backward=False,
+):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        q, k = (draw(batch, seqlen, nheads, feature_dim) for _ in range(2))
+        v, dout = (draw(batch, seqlen, nheads, head_dim) for _ in range(2))
+        return (q, k, v, dout) if backward else (q, k, v)
+
+    # F x (V+1) products per token and head: update the state and read it. Backward reads it again
+    # for dq and holds the state's gradient, which is updated, and read for dk and for dv.
+    products = 6 if backward else 2
+    tokens = batch * seqlen * nheads
+    return Case(
+        "linear_attention",
+        _work(backward),
+        f"B{batch} T{seqlen} H{nheads} D{feature_dim} V{head_dim}",
+        dtype,
+        inputs,
+        partial(oracle.attention, oracle.taylor_weights),
+        _implementations(backward, Implementation(OURS, based_ops.linear_attention), others),
+        bytes=_bytes(tokens * (2 * feature_dim + head_dim), tokens * head_dim, dtype, backward),
+        flops=tokens * products * 2 * _expanded(feature_dim) * (head_dim + 1),
+        targets=targets or {},
+    )
+
+
+def linear_attention_decode(
+    batch, nheads, feature_dim, head_dim, dtype, device, others, targets=None
+):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        q, k = (draw(batch, nheads, feature_dim) for _ in range(2))
+        # A state that 64 tokens left behind: random numbers would not make a denominator.
+        past = reference.taylor_feature_map(draw(batch, 64, nheads, feature_dim).float())
+        values = draw(batch, 64, nheads, head_dim).float()
+        kv_state = torch.einsum("bthf,bthv->bhfv", past, values).contiguous()
+        return q, k, draw(batch, nheads, head_dim), kv_state, past.sum(1)
+
+    rows, state = batch * nheads, _expanded(feature_dim) * (head_dim + 1)
+    return Case(
+        "linear_attention_decode",
+        "decode",
+        f"B{batch} H{nheads} D{feature_dim} V{head_dim}",
+        dtype,
+        inputs,
+        oracle.in_place(reference.linear_attention_decode, 3, 4),
+        [in_place(OURS, based_ops.linear_attention_decode, 3, 4), *others],
+        bytes=rows * 2 * (state * 4 + (feature_dim + head_dim) * dtype.itemsize),
+        flops=rows * 4 * state,
+        targets=targets or {},
+    )
+
+
+def sliding_window_attention(
+    batch, nheads, seqlen, head_dim, window, dtype, device, others, targets=None, backward=False
+):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        return tuple(draw(batch, seqlen, nheads, head_dim) for _ in range(4 if backward else 3))
+
+    def ours(q, k, v):
+        return based_ops.sliding_window_attention(q, k, v, window)
+
+    rows = batch * nheads
+    pairs = rows * (seqlen * window - window * (window - 1) // 2)
+    products = 6 if backward else 2  # scores and output; then dv, dw, dq and dk
+    return Case(
+        "sliding_window_attention",
+        _work(backward),
+        f"B{batch} T{seqlen} H{nheads} V{head_dim} W{window}",
+        dtype,
+        inputs,
+        partial(oracle.attention, oracle.softmax_weights, window=window),
+        _implementations(backward, Implementation(OURS, ours), others),
+        bytes=_bytes(3 * rows * seqlen * head_dim, rows * seqlen * head_dim, dtype, backward),
+        flops=pairs * products * 2 * head_dim,
+        targets=targets or {},
+    )
+
+
+def sliding_window_decode(batch, nheads, head_dim, window, dtype, device, others):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        q, k, v = (draw(batch, nheads, head_dim) for _ in range(3))
+        k_cache, v_cache = (draw(batch, window, nheads, head_dim) for _ in range(2))
+        positions = torch.arange(batch, device=device) * 7 + window  # every ring is full
+        return q, k, v, k_cache, v_cache, positions
+
+    rows = batch * nheads
+    return Case(
+        "sliding_window_decode",
+        "decode",
+        f"B{batch} H{nheads} V{head_dim} W{window}",
+        dtype,
+        inputs,
+        oracle.in_place(reference.sliding_window_decode, 3, 4),
+        [in_place(OURS, based_ops.sliding_window_decode, 3, 4), *others],
+        bytes=rows * head_dim * (2 * window + 4) * dtype.itemsize,
+        flops=rows * 4 * window * head_dim,
+    )
+
+
+def short_conv(batch, seqlen, channels, taps, dtype, device, others, targets=None, backward=False):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        x, gate, dout = (draw(batch, seqlen, channels) for _ in range(3))
+        weight = draw(channels, taps)
+        return (x, weight, gate, dout) if backward else (x, weight, gate)
+
+    def run(module, x, weight, gate):
+        return module.short_conv(x, weight, activation="silu", gate=gate)
+
+    elements = batch * seqlen * channels
+    return Case(
+        "short_conv",
+        _work(backward),
+        f"B{batch} T{seqlen} C{channels} K{taps} silu gate",
+        dtype,
+        inputs,
+        oracle.plain(partial(run, reference), backward),
+        _implementations(backward, Implementation(OURS, partial(run, based_ops)), others),
+        bytes=_bytes(2 * elements, elements, dtype, backward),
+        flops=elements * 2 * taps * (3 if backward else 1),
+        targets=targets or {},
+    )
+
+
+def short_conv_decode(batch, channels, taps, dtype, device, others):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        state = draw(batch, channels, taps - 1)
+        return draw(batch, channels), draw(channels, taps), state, draw(batch, channels)
+
+    def run(module, x, weight, state, gate):
+        return module.short_conv_decode(x, weight, state, activation="silu", gate=gate)
+
+    return Case(
+        "short_conv_decode",
+        "decode",
+        f"B{batch} C{channels} K{taps} silu gate",
+        dtype,
+        inputs,
+        oracle.in_place(partial(run, reference), 2),
+        [in_place(OURS, partial(run, based_ops), 2), *others],
+        bytes=batch * channels * (3 + 2 * (taps - 1)) * dtype.itemsize,
+        flops=batch * channels * 2 * taps,
+    )
+
+
+def taylor_feature_map(batch, seqlen, nheads, feature_dim, dtype, device, others):
+    elements = batch * seqlen * nheads * feature_dim
+    return Case(
+        "taylor_feature_map",
+        "forward",
+        f"B{batch} T{seqlen} H{nheads} D{feature_dim}",
+        dtype,
+        lambda generator: (_normal(generator, dtype, device)(batch, seqlen, nheads, feature_dim),),
+        oracle.plain(reference.taylor_feature_map),
+        [Implementation(OURS, based_ops.taylor_feature_map), *others],
+        bytes=elements * dtype.itemsize
+        + elements // feature_dim * _expanded(feature_dim) * dtype.itemsize,
+    )
+
+
+def in_place(name, run, *states):
+    """A decode step: every implementation updates its own copies of these arguments, its states."""
+    return Implementation(
+        name,
+        run,
+        prepare=lambda *inputs: tuple(
+            x.clone() if i in states else x for i, x in enumerate(inputs)
+        ),
+        outputs=lambda args, out: (out, *(args[i] for i in states)),
+    )
+
+
+def outer_in_place(name, run):
+    """A linear attention step whose states have the rows of the outer-product map."""
+
+    def prepare(q, k, v, kv_state, k_state):
+        return q, k, v, *baselines.outer_state(kv_state, k_state, q.shape[-1])
+
+    def outputs(args, out):
+        return out, *baselines.packed_state(*args[3:], args[0].shape[-1])
+
+    return Implementation(name, run, prepare, outputs)
+
+
+def _work(backward):
+    return "forward+backward" if backward else "forward"
+
+
+def _implementations(backward, ours, others):
+    return [with_backward(i) if backward else i for i in (ours, *others)]
+
+
+def _bytes(inputs, outputs, dtype, backward):
+    """Read the inputs, write the output; backward reads inputs and dout and writes gradients."""
+    elements = 3 * inputs + 2 * outputs if backward else inputs + outputs
+    return elements * dtype.itemsize
+
+
+def _expanded(feature_dim):
+    return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+
+
+def _normal(generator, dtype, device):
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    return draw

@@ -1,0 +1,42 @@
+"""What this machine can do at best, measured in the process that measures the ops."""
+
+import torch
+
+COPY_BYTES = 256 << 20
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def measure(timer, device, dtypes, repeats=7):
+    """Bandwidths in GB/s (read + written) and matrix product rates in TFLOP/s.
+
+    bandwidth: the faster of a big copy and a big in-place update (on a CPU the update: a copy also
+    reads the lines that it is about to overwrite). new_tensor: the same copy into fresh memory, as
+    every op that returns a tensor must do it: no ceiling, but it says how far one can get.
+    """
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.ones_like(source)
+
+    def fastest(run, *args):
+        shots = timer.bind(run, [args])
+        return min(timer.milliseconds(shots[0]) for _ in range(repeats))
+
+    copy = fastest(target.copy_, source)
+    update = fastest(target.mul_, 1.0)
+    rates = {}
+    for dtype in dtypes:
+        size = GEMM_SIZE[torch.device(device).type]
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        rates[str(dtype)] = 2 * size**3 / fastest(torch.mm, a, a) / 1e9
+    return {
+        "bandwidth_gb_s": 2 * COPY_BYTES / min(copy, update) / 1e6,
+        "copy_gb_s": 2 * COPY_BYTES / copy / 1e6,
+        "new_tensor_gb_s": 2 * COPY_BYTES / fastest(source.clone) / 1e6,
+        "gemm_tflop_s": rates,
+    }
+
+
+def floor(case, ceilings):
+    """(ms, "bytes" or "flops"): what the case takes at the ceilings, whichever binds."""
+    by_bytes = case.bytes / ceilings["bandwidth_gb_s"] / 1e6
+    by_flops = case.flops / ceilings["gemm_tflop_s"][str(case.dtype)] / 1e9
+    return (by_bytes, "bytes") if by_bytes >= by_flops else (by_flops, "flops")

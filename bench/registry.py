@@ -1,0 +1,110 @@
+"""The two things the bench is made of: a case (one op at one shape) and its implementations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+OURS = "based_ops"
+
+# Relative errors ||out - ref|| / ||ref|| that an output and a gradient must hold to be timed.
+TOLERANCE = {
+    torch.float32: (5e-6, 2e-5),
+    torch.bfloat16: (4e-3, 8e-3),
+    torch.float16: (1e-3, 2.5e-3),
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do the work. Only `run` is timed.
+
+    prepare: the case's inputs -> the arguments of run (layout, own copy of a state).
+    outputs: (arguments, result of run) -> what the case's `expected` returns, or its first few.
+    same_function: False for a peer that computes something else (softmax attention next to linear
+    attention), whose outputs cannot be compared.
+    """
+
+    name: str
+    run: Callable
+    prepare: Callable = lambda *inputs: inputs
+    outputs: Callable = lambda args, result: result if isinstance(result, tuple) else (result,)
+    same_function: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape. The first implementation is ours.
+
+    inputs(generator) -> one set of random tensors; expected(*inputs) -> outputs in fp64.
+    bytes, flops: the least that any implementation has to move and compute.
+    targets: baseline's name -> how many times as fast as it ours has to be.
+    """
+
+    op: str
+    work: str
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable
+    expected: Callable
+    implementations: list[Implementation]
+    bytes: int
+    flops: int = 0
+    targets: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        unknown = self.targets.keys() - {i.name for i in self.implementations}
+        if unknown:
+            raise ValueError(f"{self.op}: targets name no implementation: {sorted(unknown)}")
+
+    @property
+    def name(self):
+        return f"{self.op} {self.work} {self.shape} {dtype_name(self.dtype)}"
+
+    @property
+    def backward(self):
+        return self.work == "forward+backward"
+
+    def tolerance(self, index):
+        """Of the index-th output: in a backward case, every one after the first is a gradient."""
+        forward, gradient = TOLERANCE[self.dtype]
+        return gradient if self.backward and index > 0 else forward
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def exchange(*tensors):
+    """(B, T, H, .) <-> (B, H, T, .) and (B, T, C) <-> (B, C, T); weights pass through."""
+    return tuple(x.transpose(1, 2).contiguous() if x.ndim > 2 else x for x in tensors)
+
+
+def exchanged(name, run, **options):
+    """An implementation in whose layout dim 2 is the time; it is handed that layout, untimed."""
+    return Implementation(
+        name,
+        run,
+        prepare=exchange,
+        outputs=lambda args, result: exchange(
+            *(result if isinstance(result, tuple) else (result,))
+        ),
+        **options,
+    )
+
+
+def with_backward(implementation):
+    """Inputs then end with dout; the work is run, then the gradients of all other inputs."""
+
+    def prepare(*tensors):
+        *inputs, dout = implementation.prepare(*tensors)
+        return *(x.detach().requires_grad_() for x in inputs), dout
+
+    def run(*args):
+        *inputs, dout = args
+        out = implementation.run(*inputs)
+        return out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+    return Implementation(
+        implementation.name, run, prepare, implementation.outputs, implementation.same_function
+    )

@@ -1,0 +1,108 @@
+"""Results (the JSON's contents) -> an aligned table for the terminal, or markdown."""
+
+from registry import OURS
+
+CASE_COLUMNS = ("op", "work", "shape", "dtype")
+COLUMNS = (*CASE_COLUMNS, "implementation", "ms", "quartiles", "ours is", "of floor", "target")
+MEMORY_COLUMNS = ("op", "work", "T", "peak over inputs, MiB", "bytes per token")
+NOTES = """\
+ms: median. ours is: the baseline's median over ours; in our own row, the best baseline's.
+of floor: the least time at the ceilings (bytes moved or flops, the larger) over the median.
+* computes another function (softmax attention): its output was not compared with the reference."""
+
+
+def text(results):
+    """The whole run as plain text."""
+    parts = [_headline(results), _aligned(_with_header(results))]
+    if results["memory"]:
+        parts.append(_aligned([MEMORY_COLUMNS, *_memory_rows(results["memory"])]))
+        parts.append(_linearity(results["memory"]))
+    return "\n\n".join([*parts, *_failures(results), NOTES])
+
+
+def markdown(results):
+    """The whole run as a section of a markdown file."""
+    parts = [f"## {results['machine']['name']}", _headline(results), _piped(_with_header(results))]
+    if results["memory"]:
+        parts.append(_piped([MEMORY_COLUMNS, *_memory_rows(results["memory"])]))
+        parts.append(_linearity(results["memory"]))
+    return "\n\n".join([*parts, *_failures(results)]) + "\n"
+
+
+def _with_header(results):
+    return [COLUMNS, *(row for case in results["cases"] if case["rows"] for row in _rows(case))]
+
+
+def _rows(case):
+    """The cells of a case: our row first, with the case's name, then the baselines'."""
+    ours = next(row["median_ms"] for row in case["rows"] if row["implementation"] == OURS)
+    best = min((r["median_ms"] for r in case["rows"] if r["implementation"] != OURS), default=None)
+    for row in case["rows"]:
+        name, median = row["implementation"], row["median_ms"]
+        against = best if name == OURS else median
+        target = case["targets"].get(name)
+        yield (
+            *(case[column] if name == OURS else "" for column in CASE_COLUMNS),
+            name if row["same_function"] else f"{name} *",
+            _digits(median),
+            " - ".join(_digits(ms) for ms in row["quartiles_ms"]),
+            "" if against is None else f"{against / ours:.2f}x{' best' * (name == OURS)}",
+            f"{case['floor_ms'] / median:.0%} {case['floor_kind']}",
+            "" if target is None else f">= {target:g}x {_yes(against / ours >= target)}",
+        )
+
+
+def _memory_rows(rows):
+    for row in rows:
+        mib, per_token = f"{row['bytes'] / 2**20:.1f}", f"{row['bytes_per_token']:.0f}"
+        yield ("linear_attention", row["work"], str(row["seqlen"]), mib, per_token)
+
+
+def _linearity(rows):
+    """The longest sequence's cost of a token over the shortest's."""
+    ratios = []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        costs = [row["bytes_per_token"] for row in rows if row["work"] == work]
+        ratios.append(f"{work} x{costs[-1] / costs[0]:.2f} ({_yes(costs[-1] <= 1.1 * costs[0])})")
+    return "memory linear in T (bytes per token, longest over shortest, <= 1.1): " + ", ".join(
+        ratios
+    )
+
+
+def _failures(results):
+    return [
+        f"LEFT OUT, {case['op']} {case['work']} {case['shape']}: {failure}"
+        for case in results["cases"]
+        for failure in case["failures"]
+    ]
+
+
+def _headline(results):
+    machine, ceilings = results["machine"], results["ceilings"]
+    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in ceilings["gemm_tflop_s"].items())
+    return (
+        f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{results['date']}, commit {results['commit']}. "
+        f"Ceilings: {ceilings['bandwidth_gb_s']:.1f} GB/s (copy {ceilings['copy_gb_s']:.1f}, "
+        f"into a new tensor {ceilings['new_tensor_gb_s']:.1f}); matrix product, TFLOP/s: {rates}."
+    )
+
+
+def _digits(ms):
+    """Four significant digits, without an exponent."""
+    return f"{ms:.{max(0, 3 - len(str(int(ms))) + (ms < 1))}f}"
+
+
+def _yes(met):
+    return "yes" if met else "NO"
+
+
+def _aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _piped(rows):
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
