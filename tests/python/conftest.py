@@ -1,0 +1,44 @@
+"""Devices, dtypes, seeds and poisoned memory for every test.
+
+A test that takes `device` runs on the CPU, and on CUDA when the build has kernels for the ops that
+its module (or the test itself) names with pytest.mark.ops. test_errors.py asserts that the ops
+without a CUDA kernel say so.
+"""
+
+import zlib
+
+import pytest
+import torch
+
+from support import devices, devices_and_dtypes
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ops(*names): the ops a test needs on its device")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" not in metafunc.fixturenames:
+        return
+    ops = metafunc.definition.get_closest_marker("ops").args
+    if "dtype" in metafunc.fixturenames:
+        cases = [
+            pytest.param(device, dtype, id=f"{device}-{str(dtype).removeprefix('torch.')}")
+            for device, dtype in devices_and_dtypes(*ops)
+        ]
+        metafunc.parametrize("device, dtype", cases)
+    else:
+        metafunc.parametrize("device", devices(*ops))
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill every uninitialised tensor with NaN, so that an element an op forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
