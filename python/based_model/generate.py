@@ -16,7 +16,7 @@ from torch import Tensor
 from based_model.checkpoint import load_model
 from based_model.cli import run_cli
 from based_model.config import ConfigError
-from based_model.data import SEPARATOR, VOCAB_SIZE
+from based_model.data import BYTE_VOCAB_SIZE, SEPARATOR
 from based_model.model import Based
 
 
@@ -101,10 +101,10 @@ def stream_text(
     model: Based, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Iterator[str]:
     """Continues a text byte by byte, in pieces of whole characters, to the end of its file."""
-    if model.config.vocab_size != VOCAB_SIZE:
+    if model.config.vocab_size != BYTE_VOCAB_SIZE:
         raise ConfigError(
-            f"checkpoint: expected a byte-level model (vocab_size {VOCAB_SIZE}), got vocab_size "
-            f"{model.config.vocab_size}"
+            f"checkpoint: expected a byte-level model (vocab_size {BYTE_VOCAB_SIZE}), got "
+            f"{model.config.vocab_size} tokens"
         )
     device = model.embedding.weight.device
     prompt_bytes = prompt.encode() or bytes([SEPARATOR])
@@ -127,4 +127,4 @@ def run(config: GenerateConfig):
 
 
 if __name__ == "__main__":
-    run_cli(GenerateConfig, run)
+    run_cli(GenerateConfig, run, prog="python -m based_model.generate")

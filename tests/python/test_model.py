@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-
 from based_model import PRESETS, Based, ModelConfig, ModelState
 from based_model.config import ConfigError
 

@@ -1,0 +1,26 @@
+"""SIGINT and SIGTERM as a wish to stop soon, instead of an exception in the middle of a step."""
+
+import signal
+
+
+class StopSignal:
+    """Within the with block, `name` is '' until the first such signal, then the signal's name.
+
+    A second SIGINT raises KeyboardInterrupt as ever.
+    """
+
+    def __init__(self):
+        self.name = ""
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame):
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
