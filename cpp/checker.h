@@ -24,9 +24,13 @@ inline const char* name(DType dtype) {
       return "int32";
     case DType::kInt64:
       return "int64";
+    case DType::kOther:
+      break;
   }
-  return "unknown";
+  return "another dtype";
 }
+
+inline bool is_float(DType dtype) { return dtype <= DType::kFloat64; }
 
 inline bool is_index(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
 
@@ -49,6 +53,7 @@ inline Text shape_text(const int64_t* size, int rank) {
   Text text;
   for (int i = 0; i < rank; ++i) {
     if (i > 0) text.append(", ", 0);
+    if (i == kMaxRank) return text.append("...)", 0), text;
     text.append(size[i] == kAny ? "*" : "%lld", size[i]);
   }
   text.append(rank == 1 ? ",)" : ")", 0);
@@ -58,7 +63,8 @@ inline Text shape_text(const int64_t* size, int rank) {
 inline Text device_text(Device device) {
   Text text;
   text.length = 0;
-  text.append(device.type == DeviceType::kCuda ? "cuda:%lld" : "cpu", device.index);
+  const char* formats[] = {"cpu", "cuda:%lld", "another device"};
+  text.append(formats[static_cast<int>(device.type)], device.index);
   return text;
 }
 
@@ -84,8 +90,8 @@ class Checker {
 
   // The tensor that fixes dtype and device of the call.
   void first(const char* layout, const Shape& shape) {
-    if (first_.rank >= 0 && is_index(first_.dtype)) {
-      fail(first_name_, "a floating-point dtype", name(first_.dtype));
+    if (first_.rank >= 0 && !is_float(first_.dtype)) {
+      fail(first_name_, "float32, bfloat16, float16 or float64", name(first_.dtype));
     }
     if (first_.device.type == DeviceType::kCuda && first_.dtype == DType::kFloat64) {
       fail(first_name_, "float32, bfloat16 or float16 on CUDA", "float64");

@@ -98,7 +98,10 @@ void check_short_conv(Checker& check, const ShortConvParams& p) {
 int64_t last_size(const TensorView& view) { return view.size[view.rank - 1]; }
 
 void check_taylor(Checker& check, const TaylorFeatureMapParams& p) {
-  if (p.x.rank == 0) return check.fail("x", "shape (..., D)", "()");
+  if (p.x.rank == 0 || p.x.rank > kMaxRank) {
+    return check.fail("x", "shape (..., D), 1 to 4 dimensions",
+                      shape_text(p.x.size, p.x.rank).chars);
+  }
   check.first("(..., D)", given(p.x) ? Shape(p.x, kAny) : Shape{kAny});
   if (!check.ok()) return;
   check.require(last_size(p.x) >= 1, "x", "feature_dim >= 1", double(last_size(p.x)));

@@ -6,9 +6,9 @@
 
 namespace based {
 
-enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64, kInt32, kInt64 };
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64, kInt32, kInt64, kOther };
 
-enum class DeviceType : uint8_t { kCpu, kCuda };
+enum class DeviceType : uint8_t { kCpu, kCuda, kOther };
 
 struct Device {
   DeviceType type = DeviceType::kCpu;
@@ -18,7 +18,8 @@ struct Device {
 constexpr int kMaxRank = 4;
 
 // A borrowed tensor: pointer, element type, shape and strides in elements. rank < 0 means "not
-// given"; an empty tensor is given and may have a null pointer.
+// given"; an empty tensor is given and may have a null pointer. A rank above kMaxRank is an error
+// that every op reports; only the first kMaxRank sizes are then set.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

@@ -1,0 +1,313 @@
+// The torch ops: schemas, and for each op Tensor -> params -> run. Checks are the library's;
+// outputs are allocated only from sizes that are safe to read on any input.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "cuda_ops.h"
+#include "tensor.h"
+#include "validate.h"
+
+namespace based::binding {
+
+cuda::Stream current_stream(int device_index) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const auto getter =
+      reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  if (getter == nullptr) throw std::runtime_error("based_ops: this torch has no CUDA support");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
+  return stream;
+}
+
+void raise_no_cuda(const char* op) {
+  std::string supported;
+  for (const char* name : kCudaOps)
+    supported += (supported.empty() ? "" : ", ") + std::string(name);
+  throw std::runtime_error(std::string(op) + ": expected CPU tensors (" +
+                           (supported.empty() ? "this build has no CUDA kernels"
+                                              : "CUDA kernels exist for: " + supported) +
+                           "), got CUDA tensors");
+}
+
+namespace {
+
+// Size i of a tensor, 0 when it has no such dimension: the op's own check then reports the shape.
+int64_t size_of(const Tensor& tensor, int64_t i) { return i < tensor.dim() ? tensor.size(i) : 0; }
+
+// Fresh and contiguous, in the shape of a tensor; a rank no op accepts gets a placeholder.
+Tensor fresh_like(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  if (sizes.size() > kMaxRank) return absent(tensor);
+  return empty(tensor, sizes.data(), sizes.size(), tensor.scalar_type());
+}
+
+int64_t sequences_of(const OptionalTensor& cu_seqlens, int64_t batch) {
+  if (!cu_seqlens.has_value()) return batch;
+  const int64_t entries = size_of(*cu_seqlens, 0);
+  return entries > 0 ? entries - 1 : 0;
+}
+
+// ---- taylor_feature_map ------------------------------------------------------------------------
+
+Tensor taylor_feature_map(const Tensor& x, double scale) {
+  TaylorFeatureMapParams p;
+  p.x = view(x), p.scale = scale;
+  Tensor out = fresh_like(x);
+  if (p.x.rank >= 1 && p.x.rank <= kMaxRank) {
+    int64_t sizes[kMaxRank];
+    for (int i = 0; i < p.x.rank; ++i) sizes[i] = p.x.size[i];
+    sizes[p.x.rank - 1] = expanded_dim(sizes[p.x.rank - 1]);
+    out = empty(x, sizes, p.x.rank, x.scalar_type());
+  }
+  p.out = view(out);
+  run("taylor_feature_map", x, p, cpu::taylor_feature_map, kCudaTaylorFeatureMap);
+  return out;
+}
+
+Tensor taylor_feature_map_backward(const Tensor& dout, const Tensor& x, double scale) {
+  TaylorFeatureMapBackwardParams p;
+  const Tensor dx = fresh_like(x);
+  p.x = view(x), p.dout = view(dout), p.dx = view(dx), p.scale = scale;
+  run("taylor_feature_map_backward", x, p, cpu::taylor_feature_map_backward,
+      kCudaTaylorFeatureMapBackward);
+  return dx;
+}
+
+// ---- linear_attention --------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k,
+                                                    const Tensor& v, const OptionalTensor& kv_state,
+                                                    const OptionalTensor& k_state,
+                                                    const OptionalTensor& cu_seqlens, double scale,
+                                                    bool normalize, bool output_final_state) {
+  const Tensor out = fresh_like(v);
+  Tensor final_kv = absent(q), final_k = absent(q);
+  LinearAttentionParams p;
+  if (output_final_state) {
+    const int64_t n = sequences_of(cu_seqlens, size_of(q, 0)), heads = size_of(q, 2);
+    const int64_t expanded = expanded_dim(size_of(q, 3));
+    final_kv = empty(q, {n, heads, expanded, size_of(v, 3)}, accumulator_of(q));
+    final_k = empty(q, {n, heads, expanded}, accumulator_of(q));
+    p.final_kv_state = view(final_kv), p.final_k_state = view(final_k);
+  }
+  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
+  p.initial_kv_state = view(kv_state), p.initial_k_state = view(k_state);
+  p.cu_seqlens = view(cu_seqlens), p.scale = scale, p.normalize = normalize;
+  run<LinearAttentionParams>("linear_attention", q, p, cpu::linear_attention, nullptr);
+  return {out, final_kv, final_k};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
+    const Tensor& dout, const OptionalTensor& dkv_state, const OptionalTensor& dk_state,
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_state,
+    const OptionalTensor& k_state, const OptionalTensor& cu_seqlens, double scale, bool normalize) {
+  const Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
+  const Tensor dkv0 = kv_state ? fresh_like(*kv_state) : absent(q);
+  const Tensor dk0 = k_state ? fresh_like(*k_state) : absent(q);
+  LinearAttentionBackwardParams p;
+  p.q = view(q), p.k = view(k), p.v = view(v), p.dout = view(dout);
+  p.initial_kv_state = view(kv_state), p.initial_k_state = view(k_state);
+  p.dfinal_kv_state = view(dkv_state), p.dfinal_k_state = view(dk_state);
+  p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
+  if (kv_state) p.dinitial_kv_state = view(dkv0);
+  if (k_state) p.dinitial_k_state = view(dk0);
+  p.cu_seqlens = view(cu_seqlens), p.scale = scale, p.normalize = normalize;
+  run<LinearAttentionBackwardParams>("linear_attention_backward", q, p,
+                                     cpu::linear_attention_backward, nullptr);
+  return {dq, dk, dv, dkv0, dk0};
+}
+
+Tensor linear_attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, Tensor kv_state,
+                               Tensor k_state, const OptionalTensor& state_indices, double scale,
+                               bool normalize) {
+  const Tensor out = fresh_like(v);
+  LinearAttentionDecodeParams p;
+  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
+  p.kv_state = view(kv_state), p.k_state = view(k_state), p.state_indices = view(state_indices);
+  p.scale = scale, p.normalize = normalize;
+  run<LinearAttentionDecodeParams>("linear_attention_decode", q, p, cpu::linear_attention_decode,
+                                   nullptr);
+  return out;
+}
+
+// ---- sliding_window ----------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& k_cache,
+    const OptionalTensor& v_cache, const OptionalTensor& positions,
+    const OptionalTensor& cu_seqlens, int64_t window, double scale, bool output_final_state) {
+  const Tensor out = fresh_like(q);
+  const Tensor lse = empty(q, {size_of(q, 0), size_of(q, 1), size_of(q, 2)}, accumulator_of(q));
+  Tensor final_k = absent(q), final_v = absent(q), final_positions = absent(q);
+  SlidingWindowParams p;
+  if (output_final_state) {
+    const int64_t n = sequences_of(cu_seqlens, size_of(q, 0)), slots = window > 0 ? window : 0;
+    final_k = empty(q, {n, slots, size_of(q, 2), size_of(q, 3)}, q.scalar_type());
+    final_v = fresh_like(final_k);
+    final_positions = empty(q, {n}, positions ? positions->scalar_type() : ScalarType::Long);
+    p.final_k_cache = view(final_k), p.final_v_cache = view(final_v);
+    p.final_positions = view(final_positions);
+  }
+  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out), p.lse = view(lse);
+  p.initial_k_cache = view(k_cache), p.initial_v_cache = view(v_cache);
+  p.initial_positions = view(positions), p.cu_seqlens = view(cu_seqlens);
+  p.window = window, p.scale = scale;
+  run<SlidingWindowParams>("sliding_window_attention", q, p, cpu::sliding_window_attention,
+                           nullptr);
+  return {out, lse, final_k, final_v, final_positions};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention_backward(
+    const Tensor& dout, const OptionalTensor& dk_cache, const OptionalTensor& dv_cache,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const OptionalTensor& k_cache, const OptionalTensor& v_cache, const OptionalTensor& positions,
+    const OptionalTensor& cu_seqlens, int64_t window, double scale) {
+  const Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
+  const Tensor dk0 = k_cache ? fresh_like(*k_cache) : absent(q);
+  const Tensor dv0 = v_cache ? fresh_like(*v_cache) : absent(q);
+  SlidingWindowBackwardParams p;
+  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out), p.lse = view(lse);
+  p.dout = view(dout), p.dfinal_k_cache = view(dk_cache), p.dfinal_v_cache = view(dv_cache);
+  p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
+  p.initial_k_cache = view(k_cache), p.initial_v_cache = view(v_cache);
+  if (k_cache) p.dinitial_k_cache = view(dk0);
+  if (v_cache) p.dinitial_v_cache = view(dv0);
+  p.initial_positions = view(positions), p.cu_seqlens = view(cu_seqlens);
+  p.window = window, p.scale = scale;
+  run<SlidingWindowBackwardParams>("sliding_window_attention_backward", q, p,
+                                   cpu::sliding_window_attention_backward, nullptr);
+  return {dq, dk, dv, dk0, dv0};
+}
+
+Tensor sliding_window_decode(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache,
+                             Tensor v_cache, const Tensor& positions,
+                             const OptionalTensor& state_indices, double scale) {
+  const Tensor out = fresh_like(q);
+  SlidingWindowDecodeParams p;
+  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
+  p.k_cache = view(k_cache), p.v_cache = view(v_cache), p.positions = view(positions);
+  p.state_indices = view(state_indices), p.scale = scale;
+  run<SlidingWindowDecodeParams>("sliding_window_decode", q, p, cpu::sliding_window_decode,
+                                 nullptr);
+  return out;
+}
+
+// ---- short_conv --------------------------------------------------------------------------------
+
+Activation activation_of(bool silu) { return silu ? Activation::kSilu : Activation::kNone; }
+
+std::tuple<Tensor, Tensor> short_conv(const Tensor& x, const Tensor& weight,
+                                      const OptionalTensor& bias, const OptionalTensor& gate,
+                                      const OptionalTensor& initial_state,
+                                      const OptionalTensor& cu_seqlens, bool silu,
+                                      bool output_final_state) {
+  const Tensor out = fresh_like(x);
+  Tensor final_state = absent(x);
+  ShortConvParams p;
+  if (output_final_state) {
+    const int64_t taps = size_of(weight, 1), n = sequences_of(cu_seqlens, size_of(x, 0));
+    final_state = empty(x, {n, size_of(x, 2), taps > 0 ? taps - 1 : 0}, x.scalar_type());
+    p.final_state = view(final_state);
+  }
+  p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.gate = view(gate);
+  p.initial_state = view(initial_state), p.cu_seqlens = view(cu_seqlens), p.out = view(out);
+  p.activation = activation_of(silu);
+  run<ShortConvParams>("short_conv", x, p, cpu::short_conv, nullptr);
+  return {out, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> short_conv_backward(
+    const Tensor& dout, const OptionalTensor& dfinal_state, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& gate, const OptionalTensor& initial_state,
+    const OptionalTensor& cu_seqlens, bool silu) {
+  const Tensor dx = fresh_like(x), dweight = fresh_like(weight);
+  const Tensor dbias = bias ? fresh_like(*bias) : absent(x);
+  const Tensor dgate = gate ? fresh_like(*gate) : absent(x);
+  const Tensor dinitial = initial_state ? fresh_like(*initial_state) : absent(x);
+  ShortConvBackwardParams p;
+  p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.gate = view(gate);
+  p.initial_state = view(initial_state), p.cu_seqlens = view(cu_seqlens);
+  p.dout = view(dout), p.dfinal_state = view(dfinal_state);
+  p.dx = view(dx), p.dweight = view(dweight);
+  if (bias) p.dbias = view(dbias);
+  if (gate) p.dgate = view(dgate);
+  if (initial_state) p.dinitial_state = view(dinitial);
+  p.activation = activation_of(silu);
+  run<ShortConvBackwardParams>("short_conv_backward", x, p, cpu::short_conv_backward, nullptr);
+  return {dx, dweight, dbias, dgate, dinitial};
+}
+
+Tensor short_conv_decode(const Tensor& x, const Tensor& weight, Tensor conv_state,
+                         const OptionalTensor& bias, const OptionalTensor& gate,
+                         const OptionalTensor& state_indices, bool silu) {
+  const Tensor out = fresh_like(x);
+  ShortConvDecodeParams p;
+  p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.gate = view(gate);
+  p.conv_state = view(conv_state), p.state_indices = view(state_indices), p.out = view(out);
+  p.activation = activation_of(silu);
+  run<ShortConvDecodeParams>("short_conv_decode", x, p, cpu::short_conv_decode, nullptr);
+  return out;
+}
+
+// The same functions serve both keys: run() follows the tensors.
+void register_implementations(torch::stable::detail::StableLibrary& m) {
+  m.impl("taylor_feature_map", TORCH_BOX(&taylor_feature_map));
+  m.impl("taylor_feature_map_backward", TORCH_BOX(&taylor_feature_map_backward));
+  m.impl("linear_attention", TORCH_BOX(&linear_attention));
+  m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
+  m.impl("linear_attention_decode", TORCH_BOX(&linear_attention_decode));
+  m.impl("sliding_window_attention", TORCH_BOX(&sliding_window_attention));
+  m.impl("sliding_window_attention_backward", TORCH_BOX(&sliding_window_attention_backward));
+  m.impl("sliding_window_decode", TORCH_BOX(&sliding_window_decode));
+  m.impl("short_conv", TORCH_BOX(&short_conv));
+  m.impl("short_conv_backward", TORCH_BOX(&short_conv_backward));
+  m.impl("short_conv_decode", TORCH_BOX(&short_conv_decode));
+}
+
+}  // namespace
+}  // namespace based::binding
+
+STABLE_TORCH_LIBRARY(based_ops, m) {
+  m.def("taylor_feature_map(Tensor x, float scale) -> Tensor");
+  m.def("taylor_feature_map_backward(Tensor dout, Tensor x, float scale) -> Tensor");
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? kv_state, Tensor? k_state, "
+      "Tensor? cu_seqlens, float scale, bool normalize, bool output_final_state) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_attention_backward(Tensor dout, Tensor? dkv_state, Tensor? dk_state, Tensor q, "
+      "Tensor k, Tensor v, Tensor? kv_state, Tensor? k_state, Tensor? cu_seqlens, float scale, "
+      "bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) kv_state, "
+      "Tensor(b!) k_state, Tensor? state_indices, float scale, bool normalize) -> Tensor");
+  m.def(
+      "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
+      "Tensor? positions, Tensor? cu_seqlens, int window, float scale, bool output_final_state) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sliding_window_attention_backward(Tensor dout, Tensor? dk_cache, Tensor? dv_cache, "
+      "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? k_cache, Tensor? v_cache, "
+      "Tensor? positions, Tensor? cu_seqlens, int window, float scale) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sliding_window_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor positions, Tensor? state_indices, float scale) -> Tensor");
+  m.def(
+      "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu, bool output_final_state) -> (Tensor, Tensor)");
+  m.def(
+      "short_conv_backward(Tensor dout, Tensor? dfinal_state, Tensor x, Tensor weight, "
+      "Tensor? bias, Tensor? gate, Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "short_conv_decode(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor? bias, "
+      "Tensor? gate, Tensor? state_indices, bool silu) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(based_ops, CPU, m) { based::binding::register_implementations(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(based_ops, CUDA, m) { based::binding::register_implementations(m); }

@@ -1,0 +1,47 @@
+"""BASED's token mixers as torch ops: hand-written CPU and CUDA kernels under one name each.
+
+Tensors are (B, T, H, width): any stride on the leading dimensions, the last one contiguous; float32,
+bfloat16, float16, and float64 on the CPU. `based_ops.reference` holds the same functions in plain
+torch. Errors are RuntimeErrors that name op, argument, expected and got.
+"""
+
+import torch
+
+try:
+    from based_ops import _C
+except ImportError as error:
+    raise ImportError(
+        f"based_ops: its compiled module did not load with torch {torch.__version__}: {error}. "
+        "Reinstall beside this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
+    ) from error
+
+from based_ops import autograd as _autograd  # noqa: F401  (registers fakes and gradients)
+from based_ops import reference
+from based_ops.ops import (
+    linear_attention,
+    linear_attention_decode,
+    short_conv,
+    short_conv_decode,
+    sliding_window_attention,
+    sliding_window_decode,
+    taylor_feature_map,
+)
+
+__version__ = _C.build_info()["version"]
+__all__ = [
+    "build_info",
+    "linear_attention",
+    "linear_attention_decode",
+    "reference",
+    "short_conv",
+    "short_conv_decode",
+    "sliding_window_attention",
+    "sliding_window_decode",
+    "taylor_feature_map",
+]
+
+
+def build_info() -> dict:
+    """What this build contains: version, cpu_instruction_set in use, cuda (bool), cuda_ops (names of
+    the ops with CUDA kernels) and cuda_architectures."""
+    return _C.build_info()

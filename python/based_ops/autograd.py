@@ -1,0 +1,215 @@
+"""Fakes and gradients of torch.ops.based_ops, for autograd, torch.compile and export.
+
+A backward op has no gradient of its own: double backward raises.
+"""
+
+import torch
+from torch.library import register_autograd, register_fake
+
+ops = torch.ops.based_ops
+
+
+def expanded_dim(feature_dim: int) -> int:
+    """Rows of the Taylor feature map: 1 + D + D (D + 1) / 2."""
+    return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(tensor.shape)
+
+
+def _like_or_absent(tensor: torch.Tensor | None, of: torch.Tensor) -> torch.Tensor:
+    return of.new_empty(0) if tensor is None else _like(tensor)
+
+
+def _sequences(cu_seqlens: torch.Tensor | None, batch: int) -> int:
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _contiguous_last(grad: torch.Tensor) -> torch.Tensor:
+    """Incoming gradients may be expanded or transposed; the ops want the last dimension contiguous."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+# ---- fakes -------------------------------------------------------------------------------------
+
+
+@register_fake("based_ops::taylor_feature_map")
+def _(x, scale):
+    return x.new_empty(*x.shape[:-1], expanded_dim(x.shape[-1]))
+
+
+@register_fake("based_ops::taylor_feature_map_backward")
+def _(dout, x, scale):
+    return _like(x)
+
+
+@register_fake("based_ops::linear_attention")
+def _(q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_state):
+    if not output_final_state:
+        return _like(v), q.new_empty(0), q.new_empty(0)
+    batch, _, heads, feature_dim = q.shape
+    n, expanded, wide = _sequences(cu_seqlens, batch), expanded_dim(feature_dim), _accumulator(q.dtype)
+    return (
+        _like(v),
+        q.new_empty(n, heads, expanded, v.shape[-1], dtype=wide),
+        q.new_empty(n, heads, expanded, dtype=wide),
+    )
+
+
+@register_fake("based_ops::linear_attention_backward")
+def _(dout, dkv_state, dk_state, q, k, v, kv_state, k_state, cu_seqlens, scale, normalize):
+    return _like(q), _like(k), _like(v), _like_or_absent(kv_state, q), _like_or_absent(k_state, q)
+
+
+@register_fake("based_ops::linear_attention_decode")
+def _(q, k, v, kv_state, k_state, state_indices, scale, normalize):
+    return _like(v)
+
+
+@register_fake("based_ops::sliding_window_attention")
+def _(q, k, v, k_cache, v_cache, positions, cu_seqlens, window, scale, output_final_state):
+    batch, seqlen, heads, head_dim = q.shape
+    lse = q.new_empty(batch, seqlen, heads, dtype=_accumulator(q.dtype))
+    if not output_final_state:
+        return _like(q), lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
+    n = _sequences(cu_seqlens, batch)
+    cache = (n, window, heads, head_dim)
+    dtype = torch.int64 if positions is None else positions.dtype
+    return _like(q), lse, q.new_empty(cache), q.new_empty(cache), q.new_empty(n, dtype=dtype)
+
+
+@register_fake("based_ops::sliding_window_attention_backward")
+def _(
+    dout, dk_cache, dv_cache, q, k, v, out, lse, k_cache, v_cache, positions, cu_seqlens, window, scale
+):
+    return _like(q), _like(k), _like(v), _like_or_absent(k_cache, q), _like_or_absent(v_cache, q)
+
+
+@register_fake("based_ops::sliding_window_decode")
+def _(q, k, v, k_cache, v_cache, positions, state_indices, scale):
+    return _like(q)
+
+
+@register_fake("based_ops::short_conv")
+def _(x, weight, bias, gate, initial_state, cu_seqlens, silu, output_final_state):
+    if not output_final_state:
+        return _like(x), x.new_empty(0)
+    n = _sequences(cu_seqlens, x.shape[0])
+    return _like(x), x.new_empty(n, x.shape[2], weight.shape[1] - 1)
+
+
+@register_fake("based_ops::short_conv_backward")
+def _(dout, dfinal_state, x, weight, bias, gate, initial_state, cu_seqlens, silu):
+    return (
+        _like(x),
+        _like(weight),
+        _like_or_absent(bias, x),
+        _like_or_absent(gate, x),
+        _like_or_absent(initial_state, x),
+    )
+
+
+@register_fake("based_ops::short_conv_decode")
+def _(x, weight, conv_state, bias, gate, state_indices, silu):
+    return _like(x)
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def _taylor_setup(ctx, inputs, output):
+    x, ctx.scale = inputs
+    ctx.save_for_backward(x)
+
+
+def _taylor_backward(ctx, dout):
+    (x,) = ctx.saved_tensors
+    return ops.taylor_feature_map_backward(_contiguous_last(dout), x, ctx.scale), None
+
+
+def _linear_setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.normalize, ctx.has_final_state = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_backward(ctx, dout, dkv_state, dk_state):
+    q, k, v, kv_state, k_state, cu_seqlens = ctx.saved_tensors
+    if not ctx.has_final_state:
+        dkv_state = dk_state = None
+    dq, dk, dv, dkv0, dk0 = ops.linear_attention_backward(
+        _contiguous_last(dout), *map(_contiguous_last_or_none, (dkv_state, dk_state)),
+        q, k, v, kv_state, k_state, cu_seqlens, ctx.scale, ctx.normalize,
+    )  # fmt: skip
+    if kv_state is None:
+        dkv0 = dk0 = None
+    return dq, dk, dv, dkv0, dk0, None, None, None, None
+
+
+def _window_setup(ctx, inputs, output):
+    q, k, v, k_cache, v_cache, positions, cu_seqlens, ctx.window, ctx.scale, ctx.has_final = inputs
+    out, lse, _, _, final_positions = output
+    ctx.mark_non_differentiable(lse, final_positions)
+    ctx.save_for_backward(q, k, v, out, lse, k_cache, v_cache, positions, cu_seqlens)
+
+
+def _window_backward(ctx, dout, dlse, dk_cache, dv_cache, dpositions):
+    k_cache = ctx.saved_tensors[5]
+    if not ctx.has_final:
+        dk_cache = dv_cache = None
+    dq, dk, dv, dk0, dv0 = ops.sliding_window_attention_backward(
+        _contiguous_last(dout), *map(_contiguous_last_or_none, (dk_cache, dv_cache)),
+        *ctx.saved_tensors, ctx.window, ctx.scale,
+    )  # fmt: skip
+    if k_cache is None:
+        dk0 = dv0 = None
+    return dq, dk, dv, dk0, dv0, None, None, None, None, None
+
+
+def _conv_setup(ctx, inputs, output):
+    *tensors, ctx.silu, ctx.has_final_state = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_backward(ctx, dout, dfinal_state):
+    _, _, bias, gate, initial_state, _ = ctx.saved_tensors
+    if not ctx.has_final_state:
+        dfinal_state = None
+    dx, dweight, dbias, dgate, dinitial = ops.short_conv_backward(
+        _contiguous_last(dout), _contiguous_last_or_none(dfinal_state), *ctx.saved_tensors, ctx.silu
+    )
+    return (
+        dx,
+        dweight,
+        None if bias is None else dbias,
+        None if gate is None else dgate,
+        None if initial_state is None else dinitial,
+        None,
+        None,
+        None,
+    )
+
+
+def _contiguous_last_or_none(grad):
+    return None if grad is None else _contiguous_last(grad)
+
+
+def _no_double_backward(op: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{op}: double backward is not supported")
+
+    return backward
+
+
+for _op, _backward, _setup in (
+    ("taylor_feature_map", _taylor_backward, _taylor_setup),
+    ("linear_attention", _linear_backward, _linear_setup),
+    ("sliding_window_attention", _window_backward, _window_setup),
+    ("short_conv", _conv_backward, _conv_setup),
+):
+    register_autograd(f"based_ops::{_op}", _backward, setup_context=_setup)
+    register_autograd(f"based_ops::{_op}_backward", _no_double_backward(_op))
