@@ -151,12 +151,9 @@ def relative_errors(outputs, expected):
 
 
 def describe_machine(args):
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor()
     return {"name": name, "threads": args.threads, "torch": torch.__version__}
 
 
