@@ -1,7 +1,7 @@
-"""The ops straight from their definitions, in fp64: weights per pair of tokens, windows by distance.
+"""The ops straight from their definitions, in fp64: a weight per pair of tokens, a sum per tap.
 
-Shares no code and no algorithm with based_ops. Plain torch, so that autograd gives the gradients of the
-definitions; linear_attention_long gives them in closed form for one long head.
+Shares no code and no algorithm with based_ops. Plain torch, so that autograd gives the gradients of
+the definitions; linear_attention_long gives them in closed form for one long head.
 """
 
 import itertools

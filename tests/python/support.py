@@ -64,8 +64,8 @@ def error(actual, expected, at_least=1e-300):
 def assert_close(actual, expected, dtype, gradients=False, names=None):
     """Each of a list of tensors within the tolerance of the dtype.
 
-    A tensor whose exact value vanishes (dq at T = 1, where out = v whatever q is) is measured against
-    the largest one.
+    A tensor whose exact value vanishes (dq at T = 1, where out = v whatever q is) is measured
+    against the largest one.
     """
     actual, expected = flatten(actual), flatten(expected)
     assert len(actual) == len(expected)

@@ -148,7 +148,7 @@ def test_two_runs_are_equal(pool):
 
 
 def test_strided_views(pool):
-    """Tokens and states that are slices of wider tensors, and a pool seen through every other slot."""
+    """Tokens that are slices of wider tensors, in a pool with other data between its slots."""
     expected, after = pool.step()
     tokens = {
         n: fused(x, x)[1] if x.is_floating_point() else torch.stack([x, x], 1)[:, 0]

@@ -91,7 +91,10 @@ def test_result_follows_the_flags(device, dtype):
 def test_gradcheck(seqlen, taps, parts, activation):
     arguments = make(2, seqlen, 3, taps, parts=parts)
     inputs = [x.requires_grad_() for x in arguments.values()]
-    call = lambda *x: op(**dict(zip(arguments, x)), activation=activation)
+
+    def call(*x):
+        return op(**dict(zip(arguments, x)), activation=activation)
+
     assert torch.autograd.gradcheck(call, inputs, check_undefined_grad=True)
 
 
@@ -99,7 +102,10 @@ def test_gradcheck_packed():
     cu_seqlens = torch.tensor([0, 2, 2, 6])
     arguments = make(1, 6, 3, 4, sequences=3)
     inputs = [x.requires_grad_() for x in arguments.values()]
-    call = lambda *x: op(**dict(zip(arguments, x)), activation="silu", cu_seqlens=cu_seqlens)
+
+    def call(*x):
+        return op(**dict(zip(arguments, x)), activation="silu", cu_seqlens=cu_seqlens)
+
     assert torch.autograd.gradcheck(call, inputs)
 
 
