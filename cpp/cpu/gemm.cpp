@@ -5,42 +5,51 @@
 namespace based::cpu::BASED_ISA {
 namespace {
 
-// One register tile: kRows rows of C, kVectors vectors wide. `columns` is that of the first row.
+// Adds columns [begin, end) of A to rows of C that are kVectors vectors wide.
 template <class T, int kRows, int kVectors>
-void tile(Columns columns, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb,
-          T* c, int64_t ldc, bool accumulate) {
+void add_columns(int64_t begin, int64_t end, const T* a, int64_t a_row, int64_t a_column,
+                 const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<T>;
   Vector<T> sum[kRows][kVectors] = {};
   if (accumulate) {
     for (int m = 0; m < kRows; ++m)
       for (int n = 0; n < kVectors; ++n) sum[m][n] = load_vector(c + m * ldc + n * L);
   }
-  const auto add_column = [&](int64_t k, auto&& is_active) {
+  for (int64_t k = begin; k < end; ++k) {
     Vector<T> row[kVectors];
     for (int n = 0; n < kVectors; ++n) row[n] = load_vector(b + k * ldb + n * L);
     for (int m = 0; m < kRows; ++m) {
-      if (!is_active(m)) continue;
       const T x = a[m * a_row + k * a_column];
       for (int n = 0; n < kVectors; ++n) sum[m][n] += row[n] * x;
     }
-  };
-  const auto ragged = [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      add_column(k, [&](int m) {
-        return k >= columns.begin + m * columns.begin_step &&
-               k < columns.end + m * columns.end_step;
-      });
-    }
-  };
-  // All rows share [full_begin, full_end); the slanted ends are at most kRows - 1 columns each.
+  }
+  for (int m = 0; m < kRows; ++m)
+    for (int n = 0; n < kVectors; ++n) store_vector(c + m * ldc + n * L, sum[m][n]);
+}
+
+// One register tile: the columns that all kRows rows share, then each row's slanted ends, at most
+// kRows - 1 columns each. `columns` is that of the first row.
+template <class T, int kRows, int kVectors>
+void tile(Columns columns, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb,
+          T* c, int64_t ldc, bool accumulate) {
   const int64_t end = columns.end + (kRows - 1) * columns.end_step;
   int64_t full_begin = columns.begin + (kRows - 1) * columns.begin_step, full_end = columns.end;
   if (full_begin >= full_end) full_begin = full_end = end;
-  ragged(columns.begin, full_begin);
-  for (int64_t k = full_begin; k < full_end; ++k) add_column(k, [](int) { return true; });
-  ragged(full_end, end);
-  for (int m = 0; m < kRows; ++m)
-    for (int n = 0; n < kVectors; ++n) store_vector(c + m * ldc + n * L, sum[m][n]);
+  add_columns<T, kRows, kVectors>(full_begin, full_end, a, a_row, a_column, b, ldb, c, ldc,
+                                  accumulate);
+  if (columns.begin_step == 0 && columns.end_step == 0 && full_end == columns.end) return;
+  for (int64_t m = 0; m < kRows; ++m) {
+    const int64_t row_begin = columns.begin + m * columns.begin_step;
+    const int64_t row_end = columns.end + m * columns.end_step;
+    const auto add = [&](int64_t from, int64_t to) {
+      if (from < to) {
+        add_columns<T, 1, kVectors>(from, to, a + m * a_row, a_row, a_column, b, ldb, c + m * ldc,
+                                    ldc, true);
+      }
+    };
+    add(row_begin, row_end < full_begin ? row_end : full_begin);
+    add(row_begin > full_end ? row_begin : full_end, row_end);
+  }
 }
 
 // tile<kRows, kVectors> with kRows = rows <= the template's.
