@@ -1,4 +1,4 @@
-// Tiles in scratch memory: rows of a (B, T, H, .) tensor in the compute type T, and transposed ones.
+// Tiles in scratch memory: rows of a (B, T, H, .) tensor in the compute type T, and transposes.
 #pragma once
 
 #include <cstdint>
