@@ -14,8 +14,12 @@ namespace based::binding {
 
 cuda::Stream current_stream(int device_index) {
   using Getter = AOTITorchError (*)(int32_t, void**);
+  // Python loads libtorch_cuda with local symbols: ask that library, and only if it is loaded.
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   static const auto getter =
-      reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+      library == nullptr
+          ? nullptr
+          : reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   if (getter == nullptr) throw std::runtime_error("based_ops: this torch has no CUDA support");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
