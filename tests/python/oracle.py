@@ -103,12 +103,13 @@ def short_conv(
 
 
 def linear_attention_rows(q, k, v, rows):
-    """out (len(rows), V) of one head, q and k (T, D), v (T, V), at some of its tokens."""
+    """out (R, V) of one head at R of its tokens: q (R, D) of these, k (T, D) and v (T, V) of all."""
+    q, k, v = q.double(), k.double(), v.double()
     outs = []
-    for t in rows:
-        s = (k[: t + 1].double() @ q[t].double()) * q.shape[-1] ** -0.5
+    for i, t in enumerate(rows):
+        s = (k[: t + 1] @ q[i]) * q.shape[-1] ** -0.5
         w = 1 + s + s * s / 2
-        outs.append(w @ v[: t + 1].double() / w.sum())
+        outs.append(w @ v[: t + 1] / w.sum())
     return torch.stack(outs)
 
 
