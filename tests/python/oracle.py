@@ -103,7 +103,7 @@ def short_conv(
 
 
 def linear_attention_rows(q, k, v, rows):
-    """out (R, V) of one head at R of its tokens: q (R, D) of these, k (T, D) and v (T, V) of all."""
+    """out (R, V) of one head at R of its tokens: q (R, D) of these, k (T, D), v (T, V) of all."""
     q, k, v = q.double(), k.double(), v.double()
     outs = []
     for i, t in enumerate(rows):
