@@ -14,8 +14,9 @@
 
 namespace based::cpu::BASED_ISA {
 
-constexpr int kRowBlock = 96;
+constexpr int kRowBlock = 192;
 constexpr int kRowGroup = 12;  // granularity at which score tiles follow the band
+constexpr int kTileGroup = 8;  // tiles of a head in a row: those share keys; all heads share pages
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -84,17 +85,19 @@ struct TileGrid {
   }
 };
 
-// body(sequence, t0, n, h, scratch) for every tile of n > 0 tokens from t0 and every head h.
+// body(sequence, t0, n, h, scratch) for every tile of n > 0 tokens from t0 and every head h, in the
+// order (group of tiles, head, tile).
 template <class T, class BodyFn>
 bool for_each_tile(const SlidingWindowParams& p, ParallelFor parallel, int64_t scratch_size,
                    const BodyFn& body) {
   const TileGrid grid(p);
   const int64_t H = p.q.size[2];
   return for_each_task<T>(parallel, grid.count * H, scratch_size, [&](int64_t task, T* scratch) {
-    const int64_t tile = task / H, n = grid.sequence_of(tile);
+    const int64_t group = task / (kTileGroup * H) * kTileGroup, i = task - group * H;
+    const int64_t tiles = min_of(kTileGroup, grid.count - group), tile = group + i % tiles;
+    const int64_t n = grid.sequence_of(tile), t0 = (tile - grid.first_tile(n)) * kChunk;
     const WindowSequence seq(p, n);
-    const int64_t t0 = (tile - grid.first_tile(n)) * kChunk;
-    if (t0 < seq.length) body(seq, t0, min_of(kChunk, seq.length - t0), task % H, scratch);
+    if (t0 < seq.length) body(seq, t0, min_of(kChunk, seq.length - t0), i / tiles, scratch);
   });
 }
 

@@ -1,9 +1,12 @@
 // Sliding-window attention, backward. With p_ts = e^(score_ts - lse_t), delta_t = <dout_t, out_t>
 // and ds_ts = p_ts (<dout_t, v_s> - delta_t):
 //   dq_t = scale sum_s ds_ts k_s,   dk_s = scale sum_t ds_ts q_t,   dv_s = sum_t p_ts dout_t
-// One task is one (tile of kChunk tokens, head) and recomputes its scores twice: with its tokens as
-// queries for dq, and as keys for dk and dv. Keys of the initial ring have tasks of their own.
-// Every gradient is written by one task, so the result does not depend on how tasks are spread.
+// The rounding of out puts an error e_t into delta_t, which takes e_t sum_s p_ts k_s from dq_t:
+// much when k has a mean. The exact sum_s ds_ts is 0, so what it comes to is e_t, and dq_t is
+// corrected. One task is one (tile of kChunk tokens, head) and recomputes its scores twice: with
+// its tokens as queries for dq, and as keys for dk and dv. Keys of the initial ring have tasks of
+// their own. Every gradient is written by one task, so the result does not depend on how tasks are
+// spread.
 #include <cmath>
 
 #include "exp.h"
@@ -16,6 +19,7 @@ namespace {
 template <class T>
 struct Buffers {
   T *column_qk, *column_v, *row_qk, *row_v, *weights, *dscores, *dqk, *dv, *lse, *delta, *row;
+  T *error, *mean_key;
   int64_t size;
 
   Buffers(T* scratch, int64_t V, int64_t Vp) {
@@ -25,6 +29,7 @@ struct Buffers {
     weights = arena.take(kRowBlock * kChunk), dscores = arena.take(kRowBlock * kChunk);
     dqk = arena.take(kChunk * Vp), dv = arena.take(kChunk * Vp);
     lse = arena.take(kRowBlock), delta = arena.take(kRowBlock), row = arena.take(Vp);
+    error = arena.take(kChunk), mean_key = arena.take(kChunk * Vp);
     size = arena.used;
   }
 };
@@ -47,6 +52,8 @@ class Backward {
     transpose(s.column_qk, s.row_qk, Vp, n, V);
     transpose(s.column_v, s.row_v, Vp, n, V);
     clear(s.dqk, n);
+    clear(s.mean_key, n);
+    for (int c = 0; c < kChunk; ++c) s.error[c] = 0;
     const int64_t first_key = max_of(t0 - seq.window + 1, -seq.past);
     for (int64_t s0 = first_key; s0 < t0 + n; s0 += kRowBlock) {
       const int64_t rows = min_of(kRowBlock, t0 + n - s0);
@@ -55,8 +62,14 @@ class Backward {
       seq.load_keys(s.row_v, Vp, p.v, p.initial_v_cache, s0, rows, h);
       score_gradients<false>(band, rows, n);
       add_visible(band, rows, n, Vp, s.dscores, s.row_qk, s.dqk);
+      add_errors(band, rows, n);
+      add_visible(band, rows, n, Vp, s.weights, s.row_qk, s.mean_key);
     }
-    for (int64_t i = 0; i < n * Vp; ++i) s.dqk[i] *= T(p.scale);
+    for (int64_t c = 0; c < n; ++c) {
+      for (int64_t i = c * Vp; i < (c + 1) * Vp; ++i) {
+        s.dqk[i] = (s.dqk[i] - s.error[c] * s.mean_key[i]) * T(p.scale);
+      }
+    }
     store_rows(p.dq, seq.tokens.batch, seq.tokens.begin + t0, n, h, s.dqk, Vp);
   }
 
@@ -73,6 +86,7 @@ class Backward {
     clear(s.dqk, missing);
     clear(s.dv, missing);
     for (int64_t i = 0; i < missing; ++i) store_slot(s0 + i, i);
+    if (missing == n) return;
     key_gradients(s0 + missing, n - missing);
     for (int64_t i = 0; i < n - missing; ++i) store_slot(s0 + missing + i, i);
   }
@@ -150,6 +164,16 @@ class Backward {
         }
       }
     });
+  }
+
+  // error[t] += sum_s ds_ts over the visible rows s.
+  void add_errors(Band band, int64_t rows, int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* dscore = s.dscores + i * kChunk;
+      const int64_t first = max_of(0, i + band.first);
+      const int64_t end = min_of(columns, i + band.first + band.window);
+      for (int64_t c = first; c < end; ++c) s.error[c] += dscore[c];
+    }
   }
 
   const SlidingWindowBackwardParams& p;
