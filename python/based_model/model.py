@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from based_model.config import ModelConfig
 from based_ops import (
     linear_attention,
     linear_attention_decode,
@@ -25,6 +22,9 @@ from based_ops import (
     sliding_window_attention,
     sliding_window_decode,
 )
+from torch import Tensor, nn
+
+from based_model.config import ModelConfig
 
 LayerState = tuple[Tensor, ...]
 
@@ -308,7 +308,7 @@ class Based(nn.Module):
         """One token per row: tokens (N,) -> logits (N,vocab_size), state moves on in place."""
         span = Span(state.positions, self._rotary(state.positions))
         x = self._embed(tokens)
-        for layer, layer_state in zip(self.layers, state.layers):
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
             x = layer.decode(x, layer_state, span)
         state.positions += 1
         return self.logits(x)

@@ -68,8 +68,9 @@ class Trainer:
         self.optimizer.zero_grad()
         inputs, targets = self._checked(*next(self.batches))
         loss = 0.0
-        parts = zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate))
-        for part in parts:  # equal parts, so the mean of their means is the mean
+        part_size = config.batch_size // config.accumulate
+        for part in zip(inputs.split(part_size), targets.split(part_size), strict=True):
+            # Equal parts: the mean of their means is the batch's.
             part_loss = self.loss(*part) / config.accumulate
             part_loss.backward()
             loss += part_loss.item()

@@ -39,8 +39,8 @@ def assert_same(actual, expected, tolerance=1e-10):
 
 def assert_same_state(actual: ModelState, expected: ModelState):
     assert actual.positions.tolist() == expected.positions.tolist()
-    for actual_layer, expected_layer in zip(actual.layers, expected.layers):
-        for x, y in zip(actual_layer, expected_layer):
+    for actual_layer, expected_layer in zip(actual.layers, expected.layers, strict=True):
+        for x, y in zip(actual_layer, expected_layer, strict=True):
             assert_same(x, y)
 
 
@@ -140,7 +140,7 @@ def test_packed_equals_separate(layers):
     first, state = packed(parts)
     second, final = packed(again, state)
     separate = [model(p, output_state=True) for p in parts]
-    continued = [model(p, s, True) for p, (_, s) in zip(again, separate)]
+    continued = [model(p, s, True) for p, (_, s) in zip(again, separate, strict=True)]
     assert_same(first, torch.cat([out for out, _ in separate], 1))
     assert_same(second, torch.cat([out for out, _ in continued], 1))
     for i, (_, expected) in enumerate(continued):

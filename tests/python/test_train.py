@@ -408,7 +408,7 @@ def test_greedy_generation_follows_the_full_forward_for_every_prompt():
         torch.nn.init.normal_(p, std=0.2)
     prompts = [torch.randint(256, (length,)) for length in (3, 1, 12)]
     steps = torch.stack(list(generate(model, prompts, 10, Sampling(temperature=0.0))), 1)
-    for prompt, row in zip(prompts, steps):
+    for prompt, row in zip(prompts, steps, strict=True):
         text = prompt
         for token in row:
             assert model(text[None])[0, -1].argmax() == token
