@@ -377,6 +377,13 @@ def test_long_sequence(device, dtype):
     check_call(tensors, 128, dtype)
 
 
+@pytest.mark.parametrize("window", [2, 3, 8])
+def test_gradients_of_large_values(window, device, dtype):
+    """Values far from zero: dq and dk are small differences of <dout, v> and <dout, out>."""
+    q, k, v = make(2, 64, 2, 3, F64)
+    check_call([x.to(dtype).to(device) for x in (q, k, v + 4)], window, dtype)
+
+
 def test_double_backward_raises(device):
     leaves = [x.requires_grad_() for x in make(1, 5, 2, 4, F32, device)]
     out = based_ops.sliding_window_attention(*leaves, 3)
