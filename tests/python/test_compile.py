@@ -94,11 +94,9 @@ def opcheck_all(calls, names):
     assert [op._opname for op, _ in calls] == names
     for op, args in calls:
         differentiable = "backward" not in op._opname and "decode" not in op._opname
-        args = torch.utils._pytree.tree_map_only(
-            torch.Tensor,
-            lambda x: x.requires_grad_(differentiable and x.is_floating_point()),
-            args,
-        )
+        for x in torch.utils._pytree.tree_leaves(args):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                x.requires_grad_(differentiable)
         torch.library.opcheck(op, args)
 
 
