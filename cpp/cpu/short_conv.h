@@ -1,28 +1,44 @@
 // What the three short-convolution kernels share. Channels are independent: a task takes up to
 // kChannels of them, tokens are rows of that many values, and every loop runs over channels.
+//
+// The kernels are bound by memory. A task walks whole rows in order, strip by strip of kStrip
+// channels, so that its reads and writes advance together; float32 and float64 rows are read and
+// written in place. Matrices in scratch are (rows, ld), one column per channel of the task.
 #pragma once
 
 #include "element.h"
 #include "exp.h"
-#include "simd.h"
 #include "tasks.h"
+#include "tiles.h"
 
 namespace based::cpu::BASED_ISA {
 
 constexpr int kMaxTaps = 8;
-constexpr int64_t kChannels = 512;  // of a task: its rows stay in the L1 and L2 caches
-constexpr int64_t kTokens = 256;  // of a task: fixed, so that partial sums do not depend on threads
-
-inline int64_t channel_blocks(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
+constexpr int64_t kChannels = 2048;  // of a task
+constexpr int64_t kTokens = 256;     // of a task: fixed, so that sums do not depend on threads
+constexpr int64_t kStrip = 128;
 
 // Channels [begin, begin + count).
 struct ChannelRange {
   int64_t begin, count;
 };
 
+inline int64_t channel_blocks(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
+
 inline ChannelRange channel_range(int64_t block, int64_t channels) {
   const int64_t begin = block * kChannels;
   return {begin, channels - begin < kChannels ? channels - begin : kChannels};
+}
+
+// ld of the widest task: no power of two, which would put every row into the same cache sets.
+inline int64_t scratch_stride(int64_t channels) {
+  return (channels < kChannels ? channels : kChannels) / 16 * 16 + 32;
+}
+
+// body(c, m) for every strip [c, c + m) of n channels.
+template <class BodyFn>
+void for_each_strip(int64_t n, const BodyFn& body) {
+  for (int64_t c = 0; c < n; c += kStrip) body(c, n - c < kStrip ? n - c : kStrip);
 }
 
 template <class T>
@@ -43,7 +59,7 @@ const T* read_row(const TensorView& view, int64_t offset, int64_t n, T* buffer) 
   return buffer;
 }
 
-// Where to compute n values that write_row then puts at `offset`: their place itself, or buffer.
+// Where to compute values that write_row then puts at `offset`: in place, or in buffer.
 template <class T>
 T* target_row(const TensorView& view, int64_t offset, T* buffer) {
   return is_stored_as<T>(view.dtype) ? static_cast<T*>(view.data) + offset : buffer;
@@ -54,32 +70,32 @@ void write_row(const TensorView& view, int64_t offset, int64_t n, const T* row) 
   if (!is_stored_as<T>(view.dtype)) store(view.data, view.dtype, offset, row, n);
 }
 
-// A (channels, width) block of a tensor at `offset`, transposed: rows (width, kChannels).
-// staging holds kChannels * width values.
+// matrix (width, ld) <- n rows of `width` values at `offset` of a view, `stride` apart, transposed:
+// weights and states. staging has room for all of them.
 template <class T>
-void load_columns(T* rows, const TensorView& view, int64_t offset, int64_t stride, int64_t channels,
-                  int64_t width, T* staging) {
+void load_columns(T* matrix, int64_t ld, const TensorView& view, int64_t offset, int64_t stride,
+                  int64_t n, int64_t width, T* staging) {
   if (stride == width) {
-    load(staging, view.data, view.dtype, offset, channels * width);
+    load(staging, view.data, view.dtype, offset, n * width);
   } else {
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < n; ++c) {
       load(staging + c * width, view.data, view.dtype, offset + c * stride, width);
     }
   }
   for (int64_t i = 0; i < width; ++i) {
-    for (int64_t c = 0; c < channels; ++c) rows[i * kChannels + c] = staging[c * width + i];
+    for (int64_t c = 0; c < n; ++c) matrix[i * ld + c] = staging[c * width + i];
   }
 }
 
-// The way back, from rows anywhere.
+// The way back; the `width` rows may lie anywhere.
 template <class T>
-void store_columns(const TensorView& view, int64_t offset, int64_t stride, int64_t channels,
-                   int64_t width, const T* const* rows, T* staging) {
+void store_columns(const T* const* rows, const TensorView& view, int64_t offset, int64_t stride,
+                   int64_t n, int64_t width, T* staging) {
   for (int64_t i = 0; i < width; ++i) {
-    for (int64_t c = 0; c < channels; ++c) staging[c * width + i] = rows[i][c];
+    for (int64_t c = 0; c < n; ++c) staging[c * width + i] = rows[i][c];
   }
-  if (stride == width) return store(view.data, view.dtype, offset, staging, channels * width);
-  for (int64_t c = 0; c < channels; ++c) {
+  if (stride == width) return store(view.data, view.dtype, offset, staging, n * width);
+  for (int64_t c = 0; c < n; ++c) {
     store(view.data, view.dtype, offset + c * stride, staging + c * width, width);
   }
 }
@@ -90,31 +106,40 @@ void load_bias(T* row, const TensorView& bias, ChannelRange channels) {
   load(row, bias.data, bias.dtype, channels.begin, channels.count);
 }
 
-// out = bias + sum_j weight_j rows_j, n channels; kTaps counts up to taps.
-template <class T, int kTaps = 2>
-void convolve(int taps, T* __restrict out, const T* const* rows, const T* weight, const T* bias,
-              int64_t n) {
+template <class T>
+T sigmoid(T x) {
+  return 1 / (1 + exp_fast(-x));
+}
+
+// finish(i, base_i + sum_j weight_j rows_j) for the channels [c, c + n), i from 0; weight (taps,
+// ld). finish writes to memory that nothing here reads. kTaps counts up to taps.
+template <class T, int kTaps = 2, class FinishFn>
+__attribute__((noinline)) void convolve(int taps, const T* const* rows, const T* weight, int64_t ld,
+                                        const T* base, int64_t c, int64_t n,
+                                        const FinishFn& finish) {
   if constexpr (kTaps < kMaxTaps) {
-    if (taps > kTaps) return convolve<T, kTaps + 1>(taps, out, rows, weight, bias, n);
+    if (taps > kTaps) {
+      return convolve<T, kTaps + 1>(taps, rows, weight, ld, base, c, n, finish);
+    }
   }
-  const T* row[kTaps];
-  for (int j = 0; j < kTaps; ++j) row[j] = rows[j];
+  const T *row[kTaps], *factor[kTaps];
+  for (int j = 0; j < kTaps; ++j) row[j] = rows[j] + c, factor[j] = weight + j * ld + c;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    T sum = bias[i];
+    T sum = base[i];
 #pragma GCC unroll 8
-    for (int j = 0; j < kTaps; ++j) sum += weight[j * kChannels + i] * row[j][i];
-    out[i] = sum;
+    for (int j = 0; j < kTaps; ++j) sum += factor[j][i] * row[j][i];
+    finish(i, sum);
   }
 }
 
-// out = act(convolved) * gate
-template <class T>
-void finish_row(Activation activation, const T* __restrict convolved, const T* __restrict gate,
-                T* __restrict out, int64_t n) {
+// body(finish) with the finish of convolve that gives out = act(.) * gate.
+template <class T, class BodyFn>
+void with_gated_activation(Activation activation, const T* gate, T* out, const BodyFn& body) {
   if (activation == Activation::kSilu) {
-    for (int64_t i = 0; i < n; ++i) out[i] = convolved[i] / (1 + exp_fast(-convolved[i])) * gate[i];
+    body([=](int64_t i, T sum) { out[i] = sum * sigmoid(sum) * gate[i]; });
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = convolved[i] * gate[i];
+    body([=](int64_t i, T sum) { out[i] = sum * gate[i]; });
   }
 }
 
@@ -140,6 +165,18 @@ bool for_each_token_block(const ShortConvParams& p, ParallelFor parallel, int64_
       });
 }
 
+// body(n, sequence, channels, scratch) for every sequence and range of channels.
+template <class T, class BodyFn>
+bool for_each_sequence(const ShortConvParams& p, ParallelFor parallel, int64_t elements,
+                       const BodyFn& body) {
+  const int64_t C = p.x.size[2], blocks = channel_blocks(C);
+  const int64_t tasks = sequence_count(p.cu_seqlens, p.x.size[0]) * blocks;
+  return for_each_task<T>(parallel, tasks, elements, [&](int64_t task, T* scratch) {
+    const int64_t n = task / blocks;
+    body(n, sequence(p.cu_seqlens, n, p.x.size[1]), channel_range(task % blocks, C), scratch);
+  });
+}
+
 // body(n, sequence, begin, end) for every run of tokens of one sequence in a block; begin and end
 // count within the sequence's batch row.
 template <class BodyFn>
@@ -162,31 +199,29 @@ void for_each_segment(const ShortConvParams& p, const TokenBlock& block, const B
   }
 }
 
-// The convolution over a range of channels, token by token. `rows` are the K inputs that the
-// current token sees, oldest first: x, preceded by the initial state, or by zeros.
+// The convolution over a range of channels, token by token.
 template <class T>
 class Convolution {
  public:
-  static constexpr int64_t kScratch = (4 * kMaxTaps + 2) * kChannels;
   const ChannelRange channels;
   const int taps;
-  const T* rows[kMaxTaps];
-  T *const weight, *const staging, *const ones;
+  const int64_t ld;
+  const T* rows[kMaxTaps];  // the K inputs that the current token sees, oldest first
+  T *weight, *staging;      // (K, ld); room for load_columns and store_columns
 
-  Convolution(const ShortConvParams& params, ChannelRange range, T* scratch)
+  Convolution(const ShortConvParams& params, ChannelRange range, Arena<T>& arena)
       : channels(range),
         taps(static_cast<int>(params.weight.size[1])),
-        weight(scratch),
-        staging(weight + kMaxTaps * kChannels),
-        ones(staging + kMaxTaps * kChannels),
-        p(params),
-        state(ones + kChannels),
-        inputs(state + kMaxTaps * kChannels),
-        bias(inputs + kMaxTaps * kChannels) {
-    load_columns(weight, p.weight, channels.begin * p.weight.stride[0], p.weight.stride[0],
+        ld(scratch_stride(params.x.size[2])),
+        p(params) {
+    weight = arena.take(taps * ld), staging = arena.take(taps * ld);
+    state = arena.take(taps * ld), inputs = arena.take(taps * ld);
+    bias = arena.take(ld), ones = arena.take(kStrip);
+    if (arena.base == nullptr) return;
+    load_columns(weight, ld, p.weight, channels.begin * p.weight.stride[0], p.weight.stride[0],
                  channels.count, taps, staging);
     load_bias(bias, p.bias, channels);
-    fill(ones, T(1), channels.count);
+    fill(ones, T(1), kStrip);
   }
 
   // Makes t the next token of sequence n.
@@ -194,19 +229,29 @@ class Convolution {
     const int history = taps - 1;
     sequence = seq;
     if (t - history < seq.begin) load_state(state, p.initial_state, n);
-    for (int i = 0; i < history; ++i) rows[i + 1] = input(t - history + i);
+    for (int i = 0; i < history; ++i) {
+      const int64_t s = t - history + i;
+      rows[i + 1] = s < seq.begin ? state + (s - seq.begin + history) * ld
+                                  : read_row(p.x, offset(p.x, s), channels.count, input(s));
+    }
   }
 
   void advance(int64_t t) {
+    token = t;
     for (int j = 1; j < taps; ++j) rows[j - 1] = rows[j];
-    rows[taps - 1] = input(t);
+    rows[taps - 1] = target_row(p.x, offset(p.x, t), input(t));
   }
 
-  void evaluate(T* out) const { convolve(taps, out, rows, weight, bias, channels.count); }
+  // convolve at the current token; strips [c, c + n) come in order.
+  template <class FinishFn>
+  void evaluate(int64_t c, int64_t n, const FinishFn& finish) {
+    read_row(p.x, offset(p.x, token) + c, n, input(token) + c);
+    convolve(taps, rows, weight, ld, bias + c, c, n, finish);
+  }
 
-  // The gate at token t, 1 when there is none.
-  const T* gate(int64_t t, T* buffer) const {
-    return p.gate.rank < 0 ? ones : read_row(p.gate, offset(p.gate, t), channels.count, buffer);
+  // The gate of the current token, 1 when there is none.
+  const T* gate(int64_t c, int64_t n, T* buffer) const {
+    return p.gate.rank < 0 ? ones : read_row(p.gate, offset(p.gate, token) + c, n, buffer);
   }
 
   // Element offset of the channels at token t of the current sequence.
@@ -214,27 +259,26 @@ class Convolution {
     return sequence.batch * view.stride[0] + t * view.stride[1] + channels.begin;
   }
 
-  // Rows (K-1, kChannels) of a state (N, C, K-1) of sequence n, 0 when it is not given.
-  void load_state(T* target, const TensorView& view, int64_t n) const {
-    if (view.rank < 0) return fill(target, T(0), (taps - 1) * kChannels);
-    load_columns(target, view, n * view.stride[0] + channels.begin * view.stride[1], view.stride[1],
-                 channels.count, taps - 1, staging);
+  // matrix (K-1, ld) <- a state (N, C, K-1) of sequence n, 0 when it is not given.
+  void load_state(T* matrix, const TensorView& view, int64_t n) const {
+    if (view.rank < 0) return fill(matrix, T(0), (taps - 1) * ld);
+    load_columns(matrix, ld, view, n * view.stride[0] + channels.begin * view.stride[1],
+                 view.stride[1], channels.count, taps - 1, staging);
   }
 
-  void store_state(const TensorView& view, int64_t n, const T* const* source) const {
-    store_columns(view, n * view.stride[0] + channels.begin * view.stride[1], view.stride[1],
-                  channels.count, taps - 1, source, staging);
+  void store_state(const T* const* matrix_rows, const TensorView& view, int64_t n) const {
+    store_columns(matrix_rows, view, n * view.stride[0] + channels.begin * view.stride[1],
+                  view.stride[1], channels.count, taps - 1, staging);
   }
 
  private:
-  const T* input(int64_t t) {
-    if (t < sequence.begin) return state + (t - sequence.begin + taps - 1) * kChannels;
-    return read_row(p.x, offset(p.x, t), channels.count, inputs + t % taps * kChannels);
-  }
+  // Where input t goes when it is converted.
+  T* input(int64_t t) const { return inputs + t % taps * ld; }
 
   const ShortConvParams& p;
-  T *const state, *const inputs, *const bias;
+  T *state, *inputs, *bias, *ones;
   Sequence sequence{};
+  int64_t token = 0;
 };
 
 }  // namespace based::cpu::BASED_ISA

@@ -7,43 +7,66 @@ namespace {
 constexpr int64_t kRows = 8;  // share the weights that a task loads
 
 template <class T>
+class Decode {
+ public:
+  Decode(const ShortConvDecodeParams& params, ChannelRange range, Arena<T>& arena)
+      : p(params),
+        channels(range),
+        taps(static_cast<int>(p.weight.size[1])),
+        ld(scratch_stride(p.x.size[1])) {
+    weight = arena.take(taps * ld), state = arena.take(taps * ld), staging = arena.take(taps * ld);
+    bias = arena.take(ld), x = arena.take(ld), gate = arena.take(ld), out = arena.take(ld);
+    if (arena.base == nullptr) return;
+    load_columns(weight, ld, p.weight, channels.begin * p.weight.stride[0], p.weight.stride[0],
+                 channels.count, taps, staging);
+    load_bias(bias, p.bias, channels);
+    if (p.gate.rank < 0) fill(gate, T(1), channels.count);
+  }
+
+  void row(int64_t b) const {
+    const int64_t n = channels.count, slot = slot_of(p.state_indices, b), history = taps - 1;
+    if (slot < 0) {
+      fill(out, T(0), n);
+      return store(p.out.data, p.out.dtype, offset(p.out, b), out, n);
+    }
+    const TensorView& states = p.conv_state;
+    const int64_t at = slot * states.stride[0] + channels.begin * states.stride[1];
+    load_columns(state, ld, states, at, states.stride[1], n, history, staging);
+    load(x, p.x.data, p.x.dtype, offset(p.x, b), n);
+    const T* rows[kMaxTaps];
+    for (int i = 0; i < history; ++i) rows[i] = state + i * ld;
+    rows[history] = x;
+    if (p.gate.rank >= 0) load(gate, p.gate.data, p.gate.dtype, offset(p.gate, b), n);
+    with_gated_activation(p.activation, gate, out, [&](const auto& finish) {
+      convolve(taps, rows, weight, ld, bias, 0, n, finish);
+    });
+    store(p.out.data, p.out.dtype, offset(p.out, b), out, n);
+    store_columns(rows + 1, states, at, states.stride[1], n, history, staging);
+  }
+
+ private:
+  int64_t offset(const TensorView& view, int64_t b) const {
+    return b * view.stride[0] + channels.begin;
+  }
+
+  const ShortConvDecodeParams& p;
+  const ChannelRange channels;
+  const int taps;
+  const int64_t ld;
+  T *weight, *state, *staging, *bias, *x, *gate, *out;
+};
+
+template <class T>
 bool decode(const ShortConvDecodeParams& p, ParallelFor parallel) {
   const int64_t B = p.x.size[0], C = p.x.size[1], blocks = channel_blocks(C);
-  const int taps = static_cast<int>(p.weight.size[1]), history = taps - 1;
-  const TensorView& states = p.conv_state;
-  constexpr int64_t kScratch = (3 * kMaxTaps + 6) * kChannels;
+  Arena<T> size{nullptr};
+  Decode<T>(p, {0, 0}, size);
   const int64_t tasks = (B + kRows - 1) / kRows * blocks;
-  return for_each_task<T>(parallel, tasks, kScratch, [&](int64_t task, T* scratch) {
-    T *weight = scratch, *state = weight + kMaxTaps * kChannels;
-    T *staging = state + kMaxTaps * kChannels, *bias = staging + kMaxTaps * kChannels;
-    T *x = bias + kChannels, *gate = x + kChannels, *ones = gate + kChannels;
-    T *convolved = ones + kChannels, *out = convolved + kChannels;
-    const ChannelRange channels = channel_range(task % blocks, C);
-    const int64_t c0 = channels.begin, n = channels.count;
-    load_columns(weight, p.weight, c0 * p.weight.stride[0], p.weight.stride[0], n, taps, staging);
-    load_bias(bias, p.bias, channels);
-    fill(ones, T(1), n);
-
-    const int64_t first = task / blocks * kRows, last = B - first < kRows ? B : first + kRows;
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t slot = slot_of(p.state_indices, b), out_offset = b * p.out.stride[0] + c0;
-      if (slot < 0) {
-        fill(out, T(0), n);
-        store(p.out.data, p.out.dtype, out_offset, out, n);
-        continue;
-      }
-      const int64_t state_offset = slot * states.stride[0] + c0 * states.stride[1];
-      load_columns(state, states, state_offset, states.stride[1], n, history, staging);
-      const T* rows[kMaxTaps];
-      for (int i = 0; i < history; ++i) rows[i] = state + i * kChannels;
-      rows[history] = read_row(p.x, b * p.x.stride[0] + c0, n, x);
-      convolve(taps, convolved, rows, weight, bias, n);
-      const T* gate_row =
-          p.gate.rank < 0 ? ones : read_row(p.gate, b * p.gate.stride[0] + c0, n, gate);
-      finish_row(p.activation, convolved, gate_row, out, n);
-      store(p.out.data, p.out.dtype, out_offset, out, n);
-      store_columns(states, state_offset, states.stride[1], n, history, rows + 1, staging);
-    }
+  return for_each_task<T>(parallel, tasks, size.used, [&](int64_t task, T* scratch) {
+    Arena<T> arena{scratch};
+    const Decode<T> rows(p, channel_range(task % blocks, C), arena);
+    const int64_t first = task / blocks * kRows;
+    for (int64_t b = first; b < first + kRows && b < B; ++b) rows.row(b);
   });
 }
 

@@ -1,44 +1,64 @@
 // Short gated convolution, forward. One task is kTokens tokens of the batch times kChannels
 // channels:
 //   out_t = act(sum_j weight_j x_{t-K+1+j} + bias) * gate_t
-// float32 and float64 rows are read and written where they are: x and gate once, out once.
+// x and gate are read once, out is written once.
 #include "short_conv.h"
 
 namespace based::cpu::BASED_ISA {
 namespace {
 
 template <class T>
-bool forward(const ShortConvParams& p, ParallelFor parallel) {
-  constexpr int64_t kScratch = Convolution<T>::kScratch + 3 * kChannels;
-  const bool done =
-      for_each_token_block<T>(p, parallel, kScratch, [&](const TokenBlock& block, T* scratch) {
-        T* convolved = scratch + Convolution<T>::kScratch;
-        T *gate_buffer = convolved + kChannels, *out_buffer = gate_buffer + kChannels;
-        Convolution<T> conv(p, block.channels, scratch);
-        for_each_segment(p, block, [&](int64_t n, const Sequence& seq, int64_t begin, int64_t end) {
-          conv.start(n, seq, begin);
-          for (int64_t t = begin; t < end; ++t) {
-            conv.advance(t);
-            conv.evaluate(convolved);
-            const int64_t offset = conv.offset(p.out, t);
-            T* out = target_row(p.out, offset, out_buffer);
-            finish_row(p.activation, convolved, conv.gate(t, gate_buffer), out,
-                       block.channels.count);
-            write_row(p.out, offset, block.channels.count, out);
-          }
-        });
+class Forward {
+ public:
+  Convolution<T> conv;
+
+  Forward(const ShortConvParams& params, ChannelRange channels, Arena<T>& arena)
+      : conv(params, channels, arena), p(params) {
+    gate = arena.take(kStrip), out = arena.take(kStrip);
+  }
+
+  void tokens(int64_t n, const Sequence& seq, int64_t begin, int64_t end) {
+    conv.start(n, seq, begin);
+    for (int64_t t = begin; t < end; ++t) {
+      conv.advance(t);
+      for_each_strip(conv.channels.count, [&](int64_t c, int64_t m) {
+        const int64_t offset = conv.offset(p.out, t) + c;
+        T* row = target_row(p.out, offset, out);
+        with_gated_activation(p.activation, conv.gate(c, m, gate), row,
+                              [&](const auto& finish) { conv.evaluate(c, m, finish); });
+        write_row(p.out, offset, m, row);
       });
-  if (!done || p.final_state.rank < 0) return done;
-  // After the last token, the window without its oldest input is the final state.
-  const int64_t C = p.x.size[2], blocks = channel_blocks(C);
-  return for_each_task<T>(parallel, sequence_count(p.cu_seqlens, p.x.size[0]) * blocks,
-                          Convolution<T>::kScratch, [&](int64_t task, T* scratch) {
-                            const int64_t n = task / blocks;
-                            const Sequence seq = sequence(p.cu_seqlens, n, p.x.size[1]);
-                            Convolution<T> conv(p, channel_range(task % blocks, C), scratch);
-                            conv.start(n, seq, seq.end);
-                            conv.store_state(p.final_state, n, conv.rows + 1);
-                          });
+    }
+  }
+
+  // After the last token, the inputs it saw but the oldest.
+  void final_state(int64_t n, const Sequence& seq) {
+    conv.start(n, seq, seq.end);
+    conv.store_state(conv.rows + 1, p.final_state, n);
+  }
+
+ private:
+  const ShortConvParams& p;
+  T *gate, *out;
+};
+
+template <class T>
+bool forward(const ShortConvParams& p, ParallelFor parallel) {
+  const auto run = [&](const TokenBlock& block, T* scratch) {
+    Arena<T> arena{scratch};
+    Forward<T> task(p, block.channels, arena);
+    for_each_segment(p, block, [&](int64_t n, const Sequence& seq, int64_t begin, int64_t end) {
+      task.tokens(n, seq, begin, end);
+    });
+  };
+  const auto run_state = [&](int64_t n, const Sequence& seq, ChannelRange channels, T* scratch) {
+    Arena<T> arena{scratch};
+    Forward<T>(p, channels, arena).final_state(n, seq);
+  };
+  Arena<T> size{nullptr};
+  Forward<T>(p, {0, 0}, size);
+  return for_each_token_block<T>(p, parallel, size.used, run) &&
+         (p.final_state.rank < 0 || for_each_sequence<T>(p, parallel, size.used, run_state));
 }
 
 }  // namespace
