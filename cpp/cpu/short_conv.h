@@ -51,11 +51,23 @@ constexpr bool is_stored_as(DType dtype) {
   return sizeof(T) == sizeof(double) || dtype == DType::kFloat32;
 }
 
+// load and store are large when inlined, and here they are called in many places.
+template <class T>
+__attribute__((noinline)) void load_row(T* row, const TensorView& view, int64_t offset, int64_t n) {
+  load(row, view.data, view.dtype, offset, n);
+}
+
+template <class T>
+__attribute__((noinline)) void store_row(const TensorView& view, int64_t offset, const T* row,
+                                         int64_t n) {
+  store(view.data, view.dtype, offset, row, n);
+}
+
 // n values at `offset` of a view: in place where they are stored as T, else converted into buffer.
 template <class T>
 const T* read_row(const TensorView& view, int64_t offset, int64_t n, T* buffer) {
   if (is_stored_as<T>(view.dtype)) return static_cast<const T*>(view.data) + offset;
-  load(buffer, view.data, view.dtype, offset, n);
+  load_row(buffer, view, offset, n);
   return buffer;
 }
 
@@ -67,7 +79,7 @@ T* target_row(const TensorView& view, int64_t offset, T* buffer) {
 
 template <class T>
 void write_row(const TensorView& view, int64_t offset, int64_t n, const T* row) {
-  if (!is_stored_as<T>(view.dtype)) store(view.data, view.dtype, offset, row, n);
+  if (!is_stored_as<T>(view.dtype)) store_row(view, offset, row, n);
 }
 
 // matrix (width, ld) <- n rows of `width` values at `offset` of a view, `stride` apart, transposed:
@@ -76,10 +88,10 @@ template <class T>
 void load_columns(T* matrix, int64_t ld, const TensorView& view, int64_t offset, int64_t stride,
                   int64_t n, int64_t width, T* staging) {
   if (stride == width) {
-    load(staging, view.data, view.dtype, offset, n * width);
+    load_row(staging, view, offset, n * width);
   } else {
     for (int64_t c = 0; c < n; ++c) {
-      load(staging + c * width, view.data, view.dtype, offset + c * stride, width);
+      load_row(staging + c * width, view, offset + c * stride, width);
     }
   }
   for (int64_t i = 0; i < width; ++i) {
@@ -94,16 +106,16 @@ void store_columns(const T* const* rows, const TensorView& view, int64_t offset,
   for (int64_t i = 0; i < width; ++i) {
     for (int64_t c = 0; c < n; ++c) staging[c * width + i] = rows[i][c];
   }
-  if (stride == width) return store(view.data, view.dtype, offset, staging, n * width);
+  if (stride == width) return store_row(view, offset, staging, n * width);
   for (int64_t c = 0; c < n; ++c) {
-    store(view.data, view.dtype, offset + c * stride, staging + c * width, width);
+    store_row(view, offset + c * stride, staging + c * width, width);
   }
 }
 
 template <class T>
 void load_bias(T* row, const TensorView& bias, ChannelRange channels) {
   if (bias.rank < 0) return fill(row, T(0), channels.count);
-  load(row, bias.data, bias.dtype, channels.begin, channels.count);
+  load_row(row, bias, channels.begin, channels.count);
 }
 
 template <class T>

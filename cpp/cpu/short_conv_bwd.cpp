@@ -146,7 +146,7 @@ void reduce_weight_gradient(const ShortConvBackwardParams& p, ChannelRange chann
   store_columns(rows, p.dweight, channels.begin * p.dweight.stride[0], p.dweight.stride[0],
                 channels.count, taps, scratch + (taps + 1) * ld);
   if (p.dbias.rank >= 0) {
-    store(p.dbias.data, p.dbias.dtype, channels.begin, rows[taps], channels.count);
+    store_row(p.dbias, channels.begin, rows[taps], channels.count);
   }
 }
 

@@ -27,20 +27,20 @@ class Decode {
     const int64_t n = channels.count, slot = slot_of(p.state_indices, b), history = taps - 1;
     if (slot < 0) {
       fill(out, T(0), n);
-      return store(p.out.data, p.out.dtype, offset(p.out, b), out, n);
+      return store_row(p.out, offset(p.out, b), out, n);
     }
     const TensorView& states = p.conv_state;
     const int64_t at = slot * states.stride[0] + channels.begin * states.stride[1];
     load_columns(state, ld, states, at, states.stride[1], n, history, staging);
-    load(x, p.x.data, p.x.dtype, offset(p.x, b), n);
+    load_row(x, p.x, offset(p.x, b), n);
     const T* rows[kMaxTaps];
     for (int i = 0; i < history; ++i) rows[i] = state + i * ld;
     rows[history] = x;
-    if (p.gate.rank >= 0) load(gate, p.gate.data, p.gate.dtype, offset(p.gate, b), n);
+    if (p.gate.rank >= 0) load_row(gate, p.gate, offset(p.gate, b), n);
     with_gated_activation(p.activation, gate, out, [&](const auto& finish) {
       convolve(taps, rows, weight, ld, bias, 0, n, finish);
     });
-    store(p.out.data, p.out.dtype, offset(p.out, b), out, n);
+    store_row(p.out, offset(p.out, b), out, n);
     store_columns(rows + 1, states, at, states.stride[1], n, history, staging);
   }
 
