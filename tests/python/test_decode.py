@@ -153,6 +153,13 @@ def test_nan_in_a_row_stays_in_its_row(pool):
     assert all(torch.equal(clean_states[n][keep], dirty_states[n][keep]) for n in clean_states)
 
 
+def test_inference_mode(pool):
+    expected, after = pool.step()
+    with torch.inference_mode():
+        out, states = pool.step()
+    assert torch.equal(out, expected) and equal(states, after)
+
+
 def test_two_runs_are_equal(pool):
     (first, first_states), (second, second_states) = pool.step(), pool.step()
     assert torch.equal(first, second) and equal(first_states, second_states)

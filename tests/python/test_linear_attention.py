@@ -84,6 +84,12 @@ def test_any_dims(feature_dim, head_dim, device):
     check_call(make(1, 67, 2, feature_dim, head_dim, F32, device), F32, state)
 
 
+@pytest.mark.parametrize("feature_dim, head_dim", [(64, 9), (9, 300)])
+def test_large_dims(feature_dim, head_dim, device):
+    state = make_state(1, 1, feature_dim, head_dim, F32, device)
+    check_call(make(1, 130, 1, feature_dim, head_dim, F32, device), F32, state)
+
+
 @pytest.mark.parametrize("batch, nheads", [(0, 2), (3, 0), (1, 1), (5, 3)])
 def test_any_batch_and_heads(batch, nheads, device):
     out, (kv_state, k_state) = op(*make(batch, 9, nheads, 4, 6, F32, device))

@@ -68,13 +68,23 @@ def test_any_taps_and_parts(taps, parts, activation, device):
         check_call(make(2, seqlen, 19, taps, F32, device, parts), F32, activation)
 
 
-@pytest.mark.parametrize("batch, channels", [(0, 3), (2, 0), (1, 1), (3, 1030)])
+@pytest.mark.parametrize("batch, channels", [(0, 3), (2, 0), (1, 1), (2, 2100)])
 def test_any_batch_and_channels(batch, channels, device):
     arguments = make(batch, 9, channels, 4, F32, device)
     out, state = op(**arguments)
     assert out.shape == (batch, 9, channels) and state.shape == (batch, channels, 3)
     if batch * channels:
         check_call(arguments, F32, "silu")
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1500, 1502, 4000]])
+def test_long_sequence(bounds, device):
+    """dweight and dbias sum over many blocks of tokens."""
+    rows, n = (2, 2) if bounds is None else (1, 3)
+    arguments = make(rows, 4000, 70, 4, F32, device, sequences=n)
+    if bounds is not None:
+        arguments["cu_seqlens"] = torch.tensor(bounds, device=device)
+    check_call(arguments, F32, "silu")
 
 
 def test_result_follows_the_flags(device, dtype):

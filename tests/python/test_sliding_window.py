@@ -82,6 +82,21 @@ def test_any_window(window, head_dim, device):
     check_call(make(2, 9, 3, head_dim, F32, device), window, F32, state)
 
 
+def test_large_dims(device):
+    check_call(make(1, 130, 1, 300, F32, device), 70, F32, make_state([9], 70, 1, 300, F32, device))
+
+
+def test_positions_beyond_32_bits(device):
+    """Only position mod W and how far the ring is filled matter."""
+    tensors = make(2, 9, 2, 5, F32, device)
+    k_cache, v_cache, positions = make_state([40, 45], 7, 2, 5, F32, device)
+    far = positions + 7 * 2**40
+    out, (*rings, moved) = op(*tensors, 7, k_cache, v_cache, far)
+    expected, (*expected_rings, _) = op(*tensors, 7, k_cache, v_cache, positions)
+    assert torch.equal(out, expected) and torch.equal(moved, far + 9)
+    assert all(torch.equal(a, b) for a, b in zip(rings, expected_rings))
+
+
 @pytest.mark.parametrize("batch, nheads", [(0, 2), (3, 0), (1, 1), (5, 3)])
 def test_any_batch_and_heads(batch, nheads, device):
     tensors = make(batch, 9, nheads, 6, F32, device)
