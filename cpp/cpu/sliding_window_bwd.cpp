@@ -7,8 +7,6 @@
 // its tokens as queries for dq, and as keys for dk and dv. Keys of the initial ring have tasks of
 // their own. Every gradient is written by one task, so the result does not depend on how tasks are
 // spread.
-#include <cmath>
-
 #include "exp.h"
 #include "sliding_window.h"
 
