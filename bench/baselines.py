@@ -88,7 +88,7 @@ def linear_chunk_loop(feature_map, chunk=128):
     def run(q, k, v):
         state, outs = 0, []
         chunks = (x.split(chunk, 2) for x in (q, k, _with_ones(v)))
-        for qc, kc, vc in zip(*chunks):
+        for qc, kc, vc in zip(*chunks, strict=True):
             s = qc @ kc.transpose(-1, -2) * q.shape[-1] ** -0.5
             w = (1 + s + s * s / 2).tril()
             out = w @ vc

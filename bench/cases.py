@@ -6,11 +6,10 @@ Which shapes and baselines are run is in suite_<device>.py.
 from functools import partial
 
 import based_ops
-import torch
-from based_ops import reference
-
 import baselines
 import oracle
+import torch
+from based_ops import reference
 from registry import OURS, Case, Implementation, with_backward
 
 

@@ -5,7 +5,6 @@ The pointwise ops and the decode steps take based_ops.reference on fp64 copies.
 """
 
 import torch
-
 from registry import Implementation, with_backward
 
 
@@ -41,7 +40,7 @@ def attention(weights, q, k, v, dout=None, window=None, block=512):
                 if dout is not None:
                     out.backward(dout[b, start:end, h].double())
             if dout is not None:
-                for result, x in zip(results[1:], (qh, kh, vh)):
+                for result, x in zip(results[1:], (qh, kh, vh), strict=True):
                     result[b, :, h] = x.grad
     return tuple(results) if dout is not None else (results[0],)
 

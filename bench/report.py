@@ -82,6 +82,7 @@ def _headline(results):
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in ceilings["gemm_tflop_s"].items())
     return (
         f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"load average before the run {machine['load_before']:.1f}, "
         f"{results['date']}, commit {results['commit']}. "
         f"Ceilings: {ceilings['bandwidth_gb_s']:.1f} GB/s (copy {ceilings['copy_gb_s']:.1f}, "
         f"into a new tensor {ceilings['new_tensor_gb_s']:.1f}); matrix product, TFLOP/s: {rates}."
@@ -98,7 +99,7 @@ def _yes(met):
 
 
 def _aligned(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -18,14 +19,13 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import based_ops
-import torch
-
 import ceilings
 import memory
 import registry
 import report
 import suite_cpu
 import timing
+import torch
 
 SUITES = {"cpu": suite_cpu.cases}
 HERE = Path(__file__).parent
@@ -154,7 +154,12 @@ def describe_machine(args):
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor()
-    return {"name": name, "threads": args.threads, "torch": torch.__version__}
+    return {
+        "name": name,
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "load_before": os.getloadavg()[0],
+    }
 
 
 def commit():

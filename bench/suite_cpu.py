@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import torch
-import torch.nn.functional as F
-
 import baselines
 import cases as build
+import torch
+import torch.nn.functional as F
 from registry import Implementation, exchanged
 
 # Names that targets refer to.
