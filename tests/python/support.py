@@ -128,11 +128,25 @@ def transposed(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def sequence_first(x):
+    """The same values laid out (T, B, ...)."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def every_other(x):
     """The same values as every second token of a tensor that holds NaN in between."""
     wide = x.new_full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), float("nan"))
     wide[:, ::2] = x
     return wide[:, ::2]
+
+
+# Layouts of (B, T, H, .) tensors; the last dim is contiguous in all of them.
+VIEWS = {
+    "fused": fused,
+    "transposed": lambda *tensors: [transposed(x) for x in tensors],
+    "every_other": lambda *tensors: [every_other(x) for x in tensors],
+    "sequence_first": lambda *tensors: [sequence_first(x) for x in tensors],
+}
 
 
 def far_apart(x):

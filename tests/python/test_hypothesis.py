@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 import based_ops
 import oracle
-from support import DTYPES, assert_close, check, every_other, fused, randn, state_dtype
+from support import (
+    DTYPES,
+    assert_close,
+    check,
+    every_other,
+    fused,
+    randn,
+    sequence_first,
+    state_dtype,
+)
 
 bounded = settings(deadline=None, max_examples=60, derandomize=True)
 dtypes = st.sampled_from(DTYPES)
@@ -19,7 +28,7 @@ LAYOUTS = {
     "contiguous": lambda x: x,
     "fused": lambda x: fused(x, torch.full_like(x, float("nan")))[0],
     "every_other": every_other,
-    "sequence_first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "sequence_first": sequence_first,
 }
 layouts = st.sampled_from(list(LAYOUTS))
 

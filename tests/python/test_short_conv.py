@@ -15,6 +15,7 @@ from support import (
     flatten,
     fused,
     randn,
+    sequence_first,
 )
 
 pytestmark = pytest.mark.ops("short_conv")
@@ -75,6 +76,16 @@ def test_any_batch_and_channels(batch, channels, device):
     assert out.shape == (batch, 9, channels) and state.shape == (batch, channels, 3)
     if batch * channels:
         check_call(arguments, F32, "silu")
+
+
+@pytest.mark.parametrize("taps", [2, 8])
+@pytest.mark.parametrize("seqlen", [125, 126, 129, 134, 253, 256, 259, 263, 510, 513, 519])
+def test_around_powers_of_two(seqlen, taps, device):
+    """Kernels cut sequences there: taps, state and their gradients have to reach across."""
+    check_call(make(1, seqlen, 6, taps, F32, device), F32, "silu")
+    cu_seqlens = torch.tensor([0, 4, seqlen - 3, seqlen], device=device)
+    packed = make(1, seqlen, 6, taps, F32, device, sequences=3) | {"cu_seqlens": cu_seqlens}
+    check_call(packed, F32)
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 1500, 1502, 4000]])
@@ -210,7 +221,7 @@ def test_no_sequences(device):
 VIEWS = {
     "fused": fused,
     "every_other": lambda *x: [every_other(y) for y in x],
-    "sequence_first": lambda *x: [y.transpose(0, 1).contiguous().transpose(0, 1) for y in x],
+    "sequence_first": lambda *x: [sequence_first(y) for y in x],
     "broadcast": lambda *x: [y[:1].expand(2, -1, -1) for y in x],
 }
 
