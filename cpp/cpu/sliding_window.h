@@ -120,10 +120,11 @@ void for_each_group(Band band, int64_t rows, int64_t columns, const BodyFn& body
 
 // out (columns, width) += weights^T x over the visible rows of x (rows, width) only. Column c sees
 // the rows [c - first - window + 1, c - first + 1) clipped to the block, a parallelogram that is
-// cut where an end changes between straight and slanted.
+// cut where an end changes between straight and slanted. The block is summed up in `part` (columns,
+// width) first: one running sum over 100,000 rows would lose two digits.
 template <class T>
 void add_visible(Band band, int64_t rows, int64_t columns, int64_t width, const T* weights,
-                 const T* x, T* out) {
+                 const T* x, T* part, T* out) {
   const int64_t begin = 1 - band.first - band.window, end = 1 - band.first;
   const int64_t last = min_of(columns, rows - begin);
   for (int64_t c = max_of(0, 1 - end), stop; c < last; c = stop) {
@@ -133,7 +134,8 @@ void add_visible(Band band, int64_t rows, int64_t columns, int64_t width, const 
     if (end_moves) stop = min_of(stop, rows - end);
     const Columns visible = {begin_moves ? c + begin : 0, end_moves ? c + end : rows, begin_moves,
                              end_moves};
-    gemm(stop - c, width, visible, weights + c, 1, kChunk, x, width, out + c * width, width, true);
+    gemm(stop - c, width, visible, weights + c, 1, kChunk, x, width, part, width, false);
+    for (int64_t i = 0; i < (stop - c) * width; ++i) out[c * width + i] += part[i];
   }
 }
 

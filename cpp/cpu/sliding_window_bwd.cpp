@@ -17,7 +17,7 @@ namespace {
 template <class T>
 struct Buffers {
   T *column_qk, *column_v, *row_qk, *row_v, *weights, *dscores, *dqk, *dv, *lse, *delta, *row;
-  T *error, *mean_key;
+  T *error, *mean_key, *part;
   int64_t size;
 
   Buffers(T* scratch, int64_t V, int64_t Vp) {
@@ -28,6 +28,7 @@ struct Buffers {
     dqk = arena.take(kChunk * Vp), dv = arena.take(kChunk * Vp);
     lse = arena.take(kRowBlock), delta = arena.take(kRowBlock), row = arena.take(Vp);
     error = arena.take(kChunk), mean_key = arena.take(kChunk * Vp);
+    part = arena.take(kChunk * Vp);
     size = arena.used;
   }
 };
@@ -59,9 +60,9 @@ class Backward {
       seq.load_keys(s.row_qk, Vp, p.k, p.initial_k_cache, s0, rows, h);
       seq.load_keys(s.row_v, Vp, p.v, p.initial_v_cache, s0, rows, h);
       score_gradients<false>(band, rows, n);
-      add_visible(band, rows, n, Vp, s.dscores, s.row_qk, s.dqk);
+      add_visible(band, rows, n, Vp, s.dscores, s.row_qk, s.part, s.dqk);
       add_errors(band, rows, n);
-      add_visible(band, rows, n, Vp, s.weights, s.row_qk, s.mean_key);
+      add_visible(band, rows, n, Vp, s.weights, s.row_qk, s.part, s.mean_key);
     }
     for (int64_t c = 0; c < n; ++c) {
       for (int64_t i = c * Vp; i < (c + 1) * Vp; ++i) {
@@ -127,8 +128,8 @@ class Backward {
       const Band band = {t0 - s0 - seq.window + 1, seq.window};
       load_queries(t0, rows);
       score_gradients<true>(band, rows, n);
-      add_visible(band, rows, n, Vp, s.weights, s.row_v, s.dv);
-      add_visible(band, rows, n, Vp, s.dscores, s.row_qk, s.dqk);
+      add_visible(band, rows, n, Vp, s.weights, s.row_v, s.part, s.dv);
+      add_visible(band, rows, n, Vp, s.dscores, s.row_qk, s.part, s.dqk);
     }
     add_final_ring(s.dqk, p.dfinal_k_cache, s0, n);
     add_final_ring(s.dv, p.dfinal_v_cache, s0, n);

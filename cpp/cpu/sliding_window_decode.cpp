@@ -12,12 +12,12 @@ namespace {
 
 template <class T>
 struct Buffers {
-  T *q, *out, *rows, *scores;
+  T *q, *part, *out, *rows, *scores;
   int64_t size;
 
   Buffers(T* scratch, int64_t Vp) {
     Arena<T> arena{scratch};
-    q = arena.take(Vp), out = arena.take(Vp);
+    q = arena.take(Vp), part = arena.take(Vp), out = arena.take(Vp);
     rows = arena.take(kRowBlock * Vp), scores = arena.take(kRowBlock);
     size = arena.used;
   }
@@ -58,15 +58,16 @@ bool decode(const SlidingWindowDecodeParams& p, ParallelFor parallel) {
       }
       const T shrink = exp_fast(max - block_max);
       max = block_max;
-      sum *= shrink;
-      for (int64_t i = 0; i < Vp; ++i) s.out[i] *= shrink;
       for (int64_t i = n; i < round_up_lanes<T>(n); ++i) s.scores[i] = T(-INFINITY);
       for (int64_t i = 0; i < n; i += L) {
         for (int c = 0; c < L; ++c) s.scores[i + c] = exp_fast(s.scores[i + c] - max);
       }
-      for (int64_t i = 0; i < n; ++i) sum += s.scores[i];
+      T part_sum = 0;
+      for (int64_t i = 0; i < n; ++i) part_sum += s.scores[i];
+      sum = sum * shrink + part_sum;
       load_rows(s.rows, Vp, p.v_cache, slot, first, n, h, T(1));
-      gemm(1, Vp, {0, n}, s.scores, n, 1, s.rows, Vp, s.out, Vp, true);
+      gemm(1, Vp, {0, n}, s.scores, n, 1, s.rows, Vp, s.part, Vp, false);
+      for (int64_t i = 0; i < Vp; ++i) s.out[i] = s.out[i] * shrink + s.part[i];
     }
     const T inverse = 1 / sum;
     for (int64_t i = 0; i < V; ++i) s.out[i] *= inverse;

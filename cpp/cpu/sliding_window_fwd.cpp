@@ -14,14 +14,15 @@ namespace {
 
 template <class T>
 struct Buffers {
-  T *q, *qT, *k, *v, *scores, *out, *max, *sum, *shrink;
+  T *q, *qT, *k, *v, *scores, *part, *out, *max, *sum, *part_sum, *shrink;
   int64_t size;
 
   Buffers(T* scratch, int64_t V, int64_t Vp) {
     Arena<T> arena{scratch};
     q = arena.take(kChunk * Vp), qT = arena.take(V * kChunk);
     k = arena.take(kRowBlock * Vp), v = arena.take(kRowBlock * Vp);
-    scores = arena.take(kRowBlock * kChunk), out = arena.take(kChunk * Vp);
+    scores = arena.take(kRowBlock * kChunk), part = arena.take(kChunk * Vp);
+    out = arena.take(kChunk * Vp), part_sum = arena.take(kChunk);
     max = arena.take(kChunk), sum = arena.take(kChunk), shrink = arena.take(kChunk);
     size = arena.used;
   }
@@ -102,8 +103,10 @@ bool forward(const SlidingWindowParams& p, ParallelFor parallel) {
           for (int64_t i = 0; i < Vp; ++i) s.out[c * Vp + i] *= s.shrink[c];
         }
       }
-      exponentials(band, rows, n, s.scores, s.max, s.sum);
-      add_visible(band, rows, n, Vp, s.scores, s.v, s.out);
+      for (int c = 0; c < kChunk; ++c) s.part_sum[c] = 0;
+      exponentials(band, rows, n, s.scores, s.max, s.part_sum);
+      for (int c = 0; c < kChunk; ++c) s.sum[c] += s.part_sum[c];
+      add_visible(band, rows, n, Vp, s.scores, s.v, s.part, s.out);
     }
     for (int64_t c = 0; c < n; ++c) {
       const T inverse = 1 / s.sum[c], lse = s.max[c] + std::log(s.sum[c]);
