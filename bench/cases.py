@@ -50,7 +50,7 @@ def linear_attention(
 
 
 def linear_attention_decode(
-    batch, nheads, feature_dim, head_dim, dtype, device, others, targets=None
+    batch, nheads, feature_dim, head_dim, dtype, device, others, targets=None, input_sets=None
 ):
     def inputs(generator):
         draw = _normal(generator, dtype, device)
@@ -65,7 +65,7 @@ def linear_attention_decode(
     return Case(
         "linear_attention_decode",
         "decode",
-        f"B{batch} H{nheads} D{feature_dim} V{head_dim}",
+        f"B{batch} H{nheads} D{feature_dim} V{head_dim}" + (" cached" if input_sets == 1 else ""),
         dtype,
         inputs,
         oracle.in_place(reference.linear_attention_decode, 3, 4),
@@ -73,6 +73,7 @@ def linear_attention_decode(
         bytes=rows * 2 * (state * 4 + (feature_dim + head_dim) * dtype.itemsize),
         flops=rows * 4 * state,
         targets=targets or {},
+        input_sets=input_sets,
     )
 
 

@@ -1,12 +1,13 @@
 """What this machine can do at best, measured in the process that measures the ops."""
 
 import torch
+from timing import take_turns
 
 COPY_BYTES = 256 << 20
 GEMM_SIZE = {"cpu": 2048}
 
 
-def measure(timer, device, dtypes, repeats=7):
+def measure(timer, device, dtypes, seconds=1.0):
     """Bandwidths in GB/s (read + written) and matrix product rates in TFLOP/s.
 
     bandwidth: the faster of a big copy and a big in-place update (on a CPU the update: a copy also
@@ -17,8 +18,9 @@ def measure(timer, device, dtypes, repeats=7):
     target = torch.ones_like(source)
 
     def fastest(run, *args):
-        shots = timer.bind(run, [args])
-        return min(timer.milliseconds(shots[0]) for _ in range(repeats))
+        """Best of `seconds` of calls: a ceiling must not suffer from a noisy moment."""
+        times = take_turns(timer, {"": timer.bind(run, [args])}, seconds, max_rounds=10**9)
+        return min(times[""])
 
     copy = fastest(target.copy_, source)
     update = fastest(target.mul_, 1.0)

@@ -39,6 +39,7 @@ class Case:
     inputs(generator) -> one set of random tensors; expected(*inputs) -> outputs in fp64.
     bytes, flops: the least that any implementation has to move and compute.
     targets: baseline's name -> how many times as fast as it ours has to be.
+    input_sets: how many the calls rotate over; None for as many as outgrow the last cache.
     """
 
     op: str
@@ -51,6 +52,7 @@ class Case:
     bytes: int
     flops: int = 0
     targets: dict[str, float] = field(default_factory=dict)
+    input_sets: int | None = None
 
     def __post_init__(self):
         unknown = self.targets.keys() - {i.name for i in self.implementations}

@@ -8,6 +8,7 @@ MEMORY_COLUMNS = ("op", "work", "T", "peak over inputs, MiB", "bytes per token")
 NOTES = """\
 ms: median. ours is: the baseline's median over ours; in our own row, the best baseline's.
 of floor: the least time at the ceilings (bytes moved or flops, the larger) over the median.
+cached: one state, which the last call left in the cache; the floor is the memory's all the same.
 * computes another function (softmax attention): its output was not compared with the reference."""
 
 

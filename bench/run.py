@@ -96,7 +96,7 @@ def run_case(case, timer, limits, args):
     generator = torch.Generator(args.device).manual_seed(0)
     sets = [case.inputs(generator)]
     set_bytes = sum(x.nbytes for x in sets[0])
-    count = min(16, max(4, math.ceil(ROTATED_BYTES / set_bytes)))
+    count = case.input_sets or min(16, max(4, math.ceil(ROTATED_BYTES / set_bytes)))
     sets += [case.inputs(generator) for _ in range(count - 1)]
 
     expected = case.expected(*sets[0])

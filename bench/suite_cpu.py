@@ -32,6 +32,16 @@ def cases():
         build.in_place("eager fused, 153 rows", baselines.decode_fused(baselines.packed_map), 3, 4),
         build.outer_in_place("eager, 273 rows", baselines.decode_public(baselines.outer_map)),
     ]
+    decode = partial(
+        build.linear_attention_decode,
+        batch=16,
+        nheads=16,
+        feature_dim=16,
+        head_dim=64,
+        others=steps,
+        targets={DECODE: 5},
+        **fp32,
+    )
     windows = [
         sdpa_other,
         exchanged("SDPA band mask", baselines.window_band(128)),
@@ -46,15 +56,9 @@ def cases():
         linear(seqlen=8192, others=[*chunked, sdpa_other], targets={CHUNKED: 6, SDPA: 10}),
         linear(seqlen=1024, others=[quadratic, *chunked, sdpa_other], backward=True),
         linear(seqlen=4096, others=[*chunked, sdpa_other], targets={CHUNKED: 4}, backward=True),
-        build.linear_attention_decode(
-            batch=16,
-            nheads=16,
-            feature_dim=16,
-            head_dim=64,
-            others=steps,
-            targets={DECODE: 5},
-            **fp32,
-        ),
+        # A state that the last call left in the cache, then states that come from memory.
+        decode(input_sets=1),
+        decode(),
         window(seqlen=8192, others=windows, targets={SDPA: 8}),
         window(seqlen=4096, others=windows, backward=True),
         build.sliding_window_decode(
