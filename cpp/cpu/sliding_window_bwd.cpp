@@ -1,12 +1,15 @@
 // Sliding-window attention, backward. With p_ts = e^(score_ts - lse_t), delta_t = <dout_t, out_t>
 // and ds_ts = p_ts (<dout_t, v_s> - delta_t):
 //   dq_t = scale sum_s ds_ts k_s,   dk_s = scale sum_t ds_ts q_t,   dv_s = sum_t p_ts dout_t
-// The rounding of out puts an error e_t into delta_t, which takes e_t sum_s p_ts k_s from dq_t:
-// much when k has a mean. The exact sum_s ds_ts is 0, so what it comes to is e_t, and dq_t is
-// corrected. One task is one (tile of kChunk tokens, head) and recomputes its scores twice: with
-// its tokens as queries for dq, and as keys for dk and dv. Keys of the initial ring have tasks of
-// their own. Every gradient is written by one task, so the result does not depend on how tasks are
-// spread.
+// The rounding of out puts an error e_t into delta_t, which takes e_t sum_s p_ts k_s from dq_t and
+// e_t p_ts q_t from dk_s: much when v has a mean. The exact sum_s ds_ts is 0, so what it comes to
+// is e_t: dq_t is corrected, and delta_t + e_t is kept for the keys.
+//
+// One task is one (tile of kChunk tokens, head); scores are recomputed twice, first with its tokens
+// as queries for dq, then as keys for dk and dv. Keys of the initial ring have tasks of their own.
+// Every gradient is written by one task, so the result does not depend on how tasks are spread.
+#include <stdlib.h>
+
 #include "exp.h"
 #include "sliding_window.h"
 
@@ -36,11 +39,13 @@ struct Buffers {
 template <class T>
 class Backward {
  public:
+  // deltas (B, T, H) is written by query_tile and read by the others.
   Backward(const SlidingWindowBackwardParams& params, const WindowSequence& sequence, int64_t head,
-           T* scratch)
+           T* deltas, T* scratch)
       : p(params),
         seq(sequence),
         h(head),
+        deltas_of_head(deltas + head),
         V(p.q.size[3]),
         Vp(round_up_lanes<T>(V)),
         s(scratch, V, Vp) {}
@@ -48,6 +53,10 @@ class Backward {
   // dq of the queries [t0, t0 + n).
   void query_tile(int64_t t0, int64_t n) {
     load_queries(t0, n);
+    for (int64_t t = 0; t < n; ++t) {
+      load_rows(s.row, Vp, p.out, seq.tokens.batch, seq.tokens.begin + t0 + t, 1, h, T(1));
+      s.delta[t] = dot(s.row, s.row_v + t * Vp, Vp);
+    }
     transpose(s.column_qk, s.row_qk, Vp, n, V);
     transpose(s.column_v, s.row_v, Vp, n, V);
     clear(s.dqk, n);
@@ -65,6 +74,7 @@ class Backward {
       add_visible(band, rows, n, Vp, s.weights, s.row_qk, s.part, s.mean_key);
     }
     for (int64_t c = 0; c < n; ++c) {
+      *delta_at(t0 + c) = s.delta[c] + s.error[c];
       for (int64_t i = c * Vp; i < (c + 1) * Vp; ++i) {
         s.dqk[i] = (s.dqk[i] - s.error[c] * s.mean_key[i]) * T(p.scale);
       }
@@ -101,15 +111,18 @@ class Backward {
     store_rows(p.dinitial_v_cache, seq.n, slot, 1, h, s.dv + i * Vp, Vp);
   }
 
-  // Scaled q and dout into row_qk and row_v, lse and delta.
+  T* delta_at(int64_t t) const {
+    const int64_t token = seq.tokens.batch * p.q.size[1] + seq.tokens.begin + t;
+    return deltas_of_head + token * p.q.size[2];
+  }
+
+  // Scaled q and dout into row_qk and row_v, and lse.
   void load_queries(int64_t t0, int64_t n) const {
     const int64_t b = seq.tokens.batch, token = seq.tokens.begin + t0;
     load_rows(s.row_qk, Vp, p.q, b, token, n, h, T(p.scale));
     load_rows(s.row_v, Vp, p.dout, b, token, n, h, T(1));
     for (int64_t t = 0; t < n; ++t) {
       load(s.lse + t, p.lse.data, p.lse.dtype, offset_of(p.lse, b, token + t, h), 1);
-      load_rows(s.row, Vp, p.out, b, token + t, 1, h, T(1));
-      s.delta[t] = dot(s.row, s.row_v + t * Vp, Vp);
     }
   }
 
@@ -127,6 +140,7 @@ class Backward {
       const int64_t rows = min_of(kRowBlock, end - t0);
       const Band band = {t0 - s0 - seq.window + 1, seq.window};
       load_queries(t0, rows);
+      for (int64_t t = 0; t < rows; ++t) s.delta[t] = *delta_at(t0 + t);
       score_gradients<true>(band, rows, n);
       add_visible(band, rows, n, Vp, s.weights, s.row_v, s.part, s.dv);
       add_visible(band, rows, n, Vp, s.dscores, s.row_qk, s.part, s.dqk);
@@ -177,29 +191,43 @@ class Backward {
 
   const SlidingWindowBackwardParams& p;
   const WindowSequence& seq;
-  const int64_t h, V, Vp;
+  const int64_t h;
+  T* const deltas_of_head;
+  const int64_t V, Vp;
   const Buffers<T> s;
 };
 
 template <class T>
-bool backward(const SlidingWindowBackwardParams& p, ParallelFor parallel) {
+bool run(const SlidingWindowBackwardParams& p, ParallelFor parallel, T* deltas) {
   const int64_t V = p.q.size[3], H = p.q.size[2];
   const int64_t scratch_size = Buffers<T>(nullptr, V, round_up_lanes<T>(V)).size;
-  const auto tile = [&](const WindowSequence& seq, int64_t t0, int64_t n, int64_t h, T* scratch) {
-    Backward<T> task(p, seq, h, scratch);
-    task.query_tile(t0, n);
-    task.key_tile(t0, n);
+  const auto queries = [&](const WindowSequence& seq, int64_t t0, int64_t n, int64_t h,
+                           T* scratch) {
+    Backward<T>(p, seq, h, deltas, scratch).query_tile(t0, n);
   };
-  if (!for_each_tile<T>(p, parallel, scratch_size, tile)) return false;
+  const auto keys = [&](const WindowSequence& seq, int64_t t0, int64_t n, int64_t h, T* scratch) {
+    Backward<T>(p, seq, h, deltas, scratch).key_tile(t0, n);
+  };
+  if (!for_each_tile<T>(p, parallel, scratch_size, queries)) return false;
+  if (!for_each_tile<T>(p, parallel, scratch_size, keys)) return false;
   if (p.dinitial_k_cache.rank < 0) return true;
 
   const int64_t sequences = p.dinitial_k_cache.size[0], tiles = (p.window + kChunk - 1) / kChunk;
-  return for_each_task<T>(parallel, sequences * tiles * H, scratch_size,
-                          [&](int64_t i, T* scratch) {
-                            const WindowSequence seq(p, i / H / tiles);
-                            const int64_t s0 = i / H % tiles * kChunk - p.window;
-                            Backward<T>(p, seq, i % H, scratch).ring_tile(s0, min_of(kChunk, -s0));
-                          });
+  const auto ring = [&](int64_t i, T* scratch) {
+    const WindowSequence seq(p, i / H / tiles);
+    const int64_t s0 = i / H % tiles * kChunk - p.window;
+    Backward<T>(p, seq, i % H, deltas, scratch).ring_tile(s0, min_of(kChunk, -s0));
+  };
+  return for_each_task<T>(parallel, sequences * tiles * H, scratch_size, ring);
+}
+
+template <class T>
+bool backward(const SlidingWindowBackwardParams& p, ParallelFor parallel) {
+  const int64_t count = p.q.size[0] * p.q.size[1] * p.q.size[2];
+  T* deltas = static_cast<T*>(malloc(count * sizeof(T) + 1));
+  const bool done = deltas != nullptr && run(p, parallel, deltas);
+  free(deltas);
+  return done;
 }
 
 }  // namespace
