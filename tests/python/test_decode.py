@@ -64,17 +64,6 @@ def pool(request):
     return Pool(*request.param)
 
 
-@pytest.fixture
-def checks(pool):
-    """Index values on a GPU are read back under checks only; on the CPU they always are."""
-    if pool.device == "cpu":
-        yield
-        return
-    based_ops.set_checks(True)
-    yield
-    based_ops.set_checks(False)
-
-
 def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -186,7 +175,7 @@ def test_only_the_state_changes(pool):
 
 
 @pytest.mark.parametrize("slots", [[2, 2], [0, 5, 1, 5]])
-def test_same_slot_twice_raises(pool, slots, checks):
+def test_same_slot_twice_raises(pool, slots):
     states = {n: x.clone() for n, x in pool.states.items()}
     with pytest.raises(RuntimeError, match=f"^{pool.op}: state_indices: expected .*, got "):
         pool.step(range(len(slots)), state_indices=pool.index(slots), **states)

@@ -313,17 +313,6 @@ def test_errors_of_a_backward_reach_the_caller():
         torch.ops.based_ops.taylor_feature_map_backward(x, x, 1.0)
 
 
-@pytest.mark.parametrize("on", [True, False])
-def test_cpu_index_values_are_checked_whatever_set_checks_says(on):
-    based_ops.set_checks(on)
-    try:
-        bad = arguments("short_conv_decode") | {"state_indices": torch.tensor([1, 1])}
-        with pytest.raises(RuntimeError, match="^short_conv_decode: state_indices: "):
-            based_ops.short_conv_decode(**bad)
-    finally:
-        based_ops.set_checks(False)
-
-
 def test_import_prints_nothing():
     run = subprocess.run(
         [sys.executable, "-c", "import based_ops"], capture_output=True, text=True, check=True
