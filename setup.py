@@ -23,8 +23,8 @@ def check_tools() -> None:
     """Stops with one sentence that says what to type."""
     if importlib.util.find_spec("torch") is None:
         sys.exit(
-            "based-kernels: no torch in the Python that runs this build: pip install 'torch>=2.11', "
-            "then pip install --no-build-isolation ."
+            "based-kernels: no torch in the Python that runs this build: "
+            "pip install 'torch>=2.11', then pip install --no-build-isolation ."
         )
     if shutil.which("cmake") is None:
         sys.exit("based-kernels: no CMake found: pip install cmake ninja")
@@ -49,7 +49,9 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja"):
             arguments += ["-G", "Ninja"]
         if shutil.which("ccache"):
-            arguments += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
+            arguments += [
+                f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")
+            ]
         arguments += os.environ.get("CMAKE_ARGS", "").split()
         jobs = str(os.cpu_count() or 1)
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parents[1]

@@ -5,10 +5,11 @@ Which shapes and baselines are run is in suite_<device>.py.
 
 from functools import partial
 
+import torch
+
 import based_ops
 import baselines
 import oracle
-import torch
 from based_ops import reference
 from registry import OURS, Case, Implementation, with_backward
 

@@ -1,6 +1,7 @@
 """What this machine can do at best, measured in the process that measures the ops."""
 
 import torch
+
 from timing import take_turns
 
 COPY_BYTES = 256 << 20

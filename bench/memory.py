@@ -27,8 +27,9 @@ def measure(threads):
 
 
 def grown_bytes(work, seqlen, threads):
-    import based_ops
     import torch
+
+    import based_ops
 
     def call(seqlen):
         backward = work == "forward+backward"

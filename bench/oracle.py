@@ -5,6 +5,7 @@ The pointwise ops and the decode steps take based_ops.reference on fp64 copies.
 """
 
 import torch
+
 from registry import Implementation, with_backward
 
 

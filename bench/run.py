@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from statistics import median, quantiles
 
+import torch
+
 import based_ops
 import ceilings
 import memory
@@ -25,7 +27,6 @@ import registry
 import report
 import suite_cpu
 import timing
-import torch
 
 SUITES = {"cpu": suite_cpu.cases}
 HERE = Path(__file__).parent

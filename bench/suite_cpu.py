@@ -2,10 +2,11 @@
 
 from functools import partial
 
-import baselines
-import cases as build
 import torch
 import torch.nn.functional as F
+
+import baselines
+import cases as build
 from registry import Implementation, exchanged
 
 # Names that targets refer to.

@@ -1,8 +1,8 @@
 """BASED's token mixers as torch ops: hand-written CPU and CUDA kernels under one name each.
 
-Tensors are (B, T, H, width): any stride on the leading dimensions, the last one contiguous; float32,
-bfloat16, float16, and float64 on the CPU. `based_ops.reference` holds the same functions in plain
-torch. Errors are RuntimeErrors that name op, argument, expected and got.
+Tensors are (B, T, H, width): any stride on the leading dimensions, the last one contiguous;
+float32, bfloat16, float16, and float64 on the CPU. `based_ops.reference` holds the same functions
+in plain torch. Errors are RuntimeErrors that name op, argument, expected and got.
 """
 
 import torch
@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"based_ops: its compiled module did not load with torch {torch.__version__}: {error}. "
-        "Reinstall beside this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
+        "Reinstall beside this torch: pip install --no-build-isolation --no-deps ."
     ) from error
 
 from based_ops import autograd as _autograd  # noqa: F401  (registers fakes and gradients)
@@ -42,6 +42,7 @@ __all__ = [
 
 
 def build_info() -> dict:
-    """What this build contains: version, cpu_instruction_set in use, cuda (bool), cuda_ops (names of
+    """What this build contains: version, cpu_instruction_set in use, cuda (bool), cuda_ops (names
+    of
     the ops with CUDA kernels) and cuda_architectures."""
     return _C.build_info()

@@ -31,7 +31,7 @@ def _sequences(cu_seqlens: torch.Tensor | None, batch: int) -> int:
 
 
 def _contiguous_last(grad: torch.Tensor) -> torch.Tensor:
-    """Incoming gradients may be expanded or transposed; the ops want the last dimension contiguous."""
+    """Incoming gradients may be expanded or transposed; the ops want the last dimension dense."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
@@ -53,7 +53,8 @@ def _(q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_sta
     if not output_final_state:
         return _like(v), q.new_empty(0), q.new_empty(0)
     batch, _, heads, feature_dim = q.shape
-    n, expanded, wide = _sequences(cu_seqlens, batch), expanded_dim(feature_dim), _accumulator(q.dtype)
+    n, expanded = _sequences(cu_seqlens, batch), expanded_dim(feature_dim)
+    wide = _accumulator(q.dtype)
     return (
         _like(v),
         q.new_empty(n, heads, expanded, v.shape[-1], dtype=wide),
@@ -85,7 +86,20 @@ def _(q, k, v, k_cache, v_cache, positions, cu_seqlens, window, scale, output_fi
 
 @register_fake("based_ops::sliding_window_attention_backward")
 def _(
-    dout, dk_cache, dv_cache, q, k, v, out, lse, k_cache, v_cache, positions, cu_seqlens, window, scale
+    dout,
+    dk_cache,
+    dv_cache,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    k_cache,
+    v_cache,
+    positions,
+    cu_seqlens,
+    window,
+    scale,
 ):
     return _like(q), _like(k), _like(v), _like_or_absent(k_cache, q), _like_or_absent(v_cache, q)
 

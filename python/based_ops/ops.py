@@ -1,10 +1,10 @@
 """The public functions. Each fills in defaults, follows autocast and calls its torch op.
 
 B batch, T seqlen, H heads, D feature_dim, F = 1 + D + D (D + 1) / 2 expanded_dim, V head_dim,
-W window, C channels, K taps, N sequences: B, or the packed ones with `cu_seqlens`. `cu_seqlens` (N+1,)
-int32 or int64 packs sequences along T of a batch of 1: sequence i is tokens
-cu_seqlens[i] to cu_seqlens[i + 1] - 1; empty ones are allowed. `state_indices` (B,) int32 or int64 is
-the slot of each row in a pool of states; -1 skips the row (output 0, state untouched).
+W window, C channels, K taps, N sequences: B, or the packed ones with `cu_seqlens`. Index tensors are
+int32 or int64. `cu_seqlens` (N+1,) packs sequences along T of a batch of 1: sequence i is the tokens
+cu_seqlens[i] to cu_seqlens[i + 1] - 1; empty ones are allowed. `state_indices` (B,) is the slot of
+each row in a pool of states; -1 skips the row (output 0, state untouched).
 
 The formulas are those of BASED (Arora et al., ICML 2024, arXiv 2402.18668).
 """
@@ -38,8 +38,9 @@ def _forbid_grad(op: str, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{op}: {name}: expected a tensor that does not require grad (decode updates its "
-                    "state in place and has no gradient; use torch.no_grad()), got requires_grad=True"
+                    f"{op}: {name}: expected a tensor that does not require grad (decode updates "
+                    "its state in place and has no gradient; use torch.no_grad()), "
+                    "got requires_grad=True"
                 )
 
 
@@ -72,7 +73,8 @@ def taylor_feature_map(x: Tensor, *, scale: float | None = None) -> Tensor:
         carries sqrt(scale).
 
     Raises:
-        RuntimeError: on a 0-dimensional x, an unsupported dtype, a strided last dimension, scale <= 0.
+        RuntimeError: on a 0-dimensional x, an unsupported dtype, a strided last dimension, scale
+            <= 0.
     """
     scale = _default_scale(x) if scale is None else scale
     if x.ndim <= 4:
@@ -96,24 +98,24 @@ def linear_attention(
     out_t = sum_{s<=t} w_ts v_s / sum_{s<=t} w_ts, w_ts = 1 + s + s^2/2, s = scale <q_t, k_s>.
 
     Args:
-        q, k: (B, T, H, D); v: (B, T, H, V). Same dtype; float16, bfloat16 or float32 are accumulated in
-            float32, float64 in float64.
+        q, k: (B, T, H, D); v: (B, T, H, V). Same dtype; float16, bfloat16 or float32 are
+            accumulated in float32, float64 in float64.
         scale: > 0, default D ** -0.5.
         normalize: False drops the denominator.
-        initial_state: (kv_state (N, H, F, V), k_state (N, H, F)), float32 (float64 for float64 q): the sums
-            of phi(k)^T v and phi(k) over the tokens before this call, rows in the order of
-            `taylor_feature_map`. With it a denominator near zero is the caller's: only a state made by
-            this op keeps it >= 1/2 a token.
+        initial_state: (kv_state (N, H, F, V), k_state (N, H, F)), float32 (float64 for float64 q):
+            the sums of phi(k)^T v and phi(k) over the tokens before this call, rows in the order of
+            `taylor_feature_map`. With it a denominator near zero is the caller's: only a state
+            made by this op keeps it >= 1/2 a token.
         output_final_state: also return the state after the last token.
         cu_seqlens: (N+1,) packed sequences, B = 1.
 
     Returns:
-        out (B, T, H, V) in v's dtype, or (out, (kv_state, k_state)). Differentiable in q, k, v and the
-        initial state, through out and the final state.
+        out (B, T, H, V) in v's dtype, or (out, (kv_state, k_state)). Differentiable in q, k, v and
+        the initial state, through out and the final state.
 
     Raises:
-        RuntimeError: "linear_attention: <argument>: expected ..., got ..." on any mismatch of shape, dtype,
-            device or stride, scale <= 0, or bad cu_seqlens.
+        RuntimeError: "linear_attention: <argument>: expected ..., got ..." on any mismatch of
+            shape, dtype, device or stride, scale <= 0, or bad cu_seqlens.
     """
     op = "linear_attention"
     kv_state, k_state = _state(op, initial_state, 2, "(kv_state, k_state)")
@@ -140,8 +142,8 @@ def linear_attention_decode(
 
     Args:
         q, k: (B, H, D); v: (B, H, V).
-        kv_state: (slots, H, F, V) and k_state: (slots, H, F), float32 (float64 for float64 q), updated in
-            place. slots = B without `state_indices`.
+        kv_state: (slots, H, F, V) and k_state: (slots, H, F), float32 (float64 for float64 q),
+            updated in place. slots = B without `state_indices`.
         scale: > 0, default D ** -0.5.
         normalize: False drops the denominator.
         state_indices: (B,) slot of each row, -1 skips it.
@@ -150,8 +152,8 @@ def linear_attention_decode(
         out (B, H, V) in v's dtype.
 
     Raises:
-        RuntimeError: on mismatched arguments, a slot out of range or used twice, or when grad is enabled
-            and an input requires it.
+        RuntimeError: on mismatched arguments, a slot out of range or used twice, or when grad is
+            enabled and an input requires it.
     """
     op = "linear_attention_decode"
     _forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
@@ -177,22 +179,23 @@ def sliding_window_attention(
 
     Args:
         q, k, v: (B, T, H, V), same dtype.
-        window: W >= 1 keys, counting the query's own position (a "left window" of n keys is W = n + 1).
+        window: W >= 1 keys, counting the query's own position (a "left window" of n keys is W = n
+            + 1).
         scale: > 0, default V ** -0.5.
-        initial_state: (k_cache, v_cache, positions): rings (N, W, H, V) in k's dtype that hold the key and
-            value of absolute position p in slot p mod W, and the number of tokens seen before this call
-            (N,), int32 or int64.
-        output_final_state: also return the ring after the last token (fresh tensors, unused slots 0;
-            positions in the dtype of the given ones, else int64).
+        initial_state: (k_cache, v_cache, positions): rings (N, W, H, V) in k's dtype that hold the
+            key and value of absolute position p in slot p mod W, and the number of tokens seen
+            before this call (N,), int32 or int64.
+        output_final_state: also return the ring after the last token (fresh tensors, unused slots
+            0; positions in the dtype of the given ones, else int64).
         cu_seqlens: (N+1,) packed sequences, B = 1.
 
     Returns:
-        out (B, T, H, V) in q's dtype, or (out, (k_cache, v_cache, positions)). Differentiable in q, k, v and
-        the initial caches, through out and the final caches.
+        out (B, T, H, V) in q's dtype, or (out, (k_cache, v_cache, positions)). Differentiable in
+        q, k, v and the initial caches, through out and the final caches.
 
     Raises:
-        RuntimeError: "sliding_window_attention: <argument>: expected ..., got ..." on mismatched arguments,
-            window < 1, negative positions or bad cu_seqlens.
+        RuntimeError: "sliding_window_attention: <argument>: expected ..., got ..." on mismatched
+            arguments, window < 1, negative positions or bad cu_seqlens.
     """
     op = "sliding_window_attention"
     k_cache, v_cache, positions = _state(op, initial_state, 3, "(k_cache, v_cache, positions)")
@@ -221,8 +224,8 @@ def sliding_window_decode(
         q, k, v: (B, H, V).
         k_cache, v_cache: (slots, W, H, V) in k's dtype, updated in place at slot positions mod W.
             slots = B without `state_indices`.
-        positions: (B,) int32 or int64, tokens each row has seen before this one. It is read, not advanced:
-            the layers of a model share it, and the caller adds 1 after the step.
+        positions: (B,) int32 or int64, tokens each row has seen before this one. It is read, not
+            advanced: the layers of a model share it, and the caller adds 1 after the step.
         scale: > 0, default V ** -0.5.
         state_indices: (B,) slot of each row, -1 skips it.
 
@@ -230,8 +233,8 @@ def sliding_window_decode(
         out (B, H, V) in q's dtype.
 
     Raises:
-        RuntimeError: on mismatched arguments, a slot out of range or used twice, negative positions, or when
-            grad is enabled and an input requires it.
+        RuntimeError: on mismatched arguments, a slot out of range or used twice, negative
+            positions, or when grad is enabled and an input requires it.
     """
     op = "sliding_window_decode"
     _forbid_grad(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -257,20 +260,20 @@ def short_conv(
 
     Args:
         x: (B, T, C).
-        weight: (C, K), K = 2 ... 8; the last tap meets the current token. bias: (C,). gate: (B, T, C). All in
-            x's dtype; sums are float32 (float64 for float64 x).
+        weight: (C, K), K = 2 ... 8; the last tap meets the current token. bias: (C,). gate: (B, T,
+            C). All in x's dtype; sums are float32 (float64 for float64 x).
         activation: None or "silu".
         initial_state: (N, C, K-1), the inputs before this call, oldest first; zeros without it.
         output_final_state: also return the last K-1 inputs after this call.
         cu_seqlens: (N+1,) packed sequences, B = 1.
 
     Returns:
-        out (B, T, C) in x's dtype, or (out, conv_state (N, C, K-1)). Differentiable in x, weight, bias, gate
-        and the initial state, through out and the final state.
+        out (B, T, C) in x's dtype, or (out, conv_state (N, C, K-1)). Differentiable in x, weight,
+        bias, gate and the initial state, through out and the final state.
 
     Raises:
-        RuntimeError: "short_conv: <argument>: expected ..., got ..." on mismatched arguments, K outside 2 ... 8,
-            another activation, or bad cu_seqlens.
+        RuntimeError: "short_conv: <argument>: expected ..., got ..." on mismatched arguments, K
+            outside 2 ... 8, another activation, or bad cu_seqlens.
     """
     silu = _silu("short_conv", activation)
     x, weight, bias, gate = _autocast(x, weight, bias, gate)
@@ -303,8 +306,8 @@ def short_conv_decode(
         out (B, C) in x's dtype.
 
     Raises:
-        RuntimeError: on mismatched arguments, a slot out of range or used twice, or when grad is enabled and
-            an input requires it.
+        RuntimeError: on mismatched arguments, a slot out of range or used twice, or when grad is
+            enabled and an input requires it.
     """
     op = "short_conv_decode"
     silu = _silu(op, activation)

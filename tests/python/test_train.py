@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+
 from based_model import PRESETS, Based, ModelConfig, optim, train
 from based_model.checkpoint import CheckpointError, find_checkpoint, load_model, save_checkpoint
 from based_model.config import ConfigError

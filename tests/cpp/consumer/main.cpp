@@ -1,5 +1,5 @@
-// A program outside the project: v = 1 must come out of linear attention as 1, and a bad argument as a
-// named error.
+// A program outside the project: v = 1 must come out of linear attention as 1, and a bad argument
+// as a named error.
 #include <based/ops.h>
 
 #include <cmath>
