@@ -1,10 +1,10 @@
 """The public functions. Each fills in defaults, follows autocast and calls its torch op.
 
 B batch, T seqlen, H heads, D feature_dim, F = 1 + D + D (D + 1) / 2 expanded_dim, V head_dim,
-W window, C channels, K taps, N sequences: B, or the packed ones with `cu_seqlens`. Index tensors are
-int32 or int64. `cu_seqlens` (N+1,) packs sequences along T of a batch of 1: sequence i is the tokens
-cu_seqlens[i] to cu_seqlens[i + 1] - 1; empty ones are allowed. `state_indices` (B,) is the slot of
-each row in a pool of states; -1 skips the row (output 0, state untouched).
+W window, C channels, K taps, N sequences: B, or the packed ones with `cu_seqlens`. Index tensors
+are int32 or int64. `cu_seqlens` (N+1,) packs sequences along T of a batch of 1: sequence i is the
+tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1; empty ones are allowed. `state_indices` (B,) is the
+slot of each row in a pool of states; -1 skips the row (output 0, state untouched).
 
 The formulas are those of BASED (Arora et al., ICML 2024, arXiv 2402.18668).
 """
