@@ -36,7 +36,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" cmake ninja pybind11
+	$(BIN)/pip install -q "$(TORCH)" "setuptools>=64" cmake ninja pybind11
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
