@@ -11,17 +11,17 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message says which, what was expected, and what was got."""
 
 
-MIXERS = ("linear", "window", "conv")
+MIXERS = ("linear", "window", "conv", "attention")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of one model. Every field is checked on construction (ConfigError)."""
 
-    layers: tuple[str, ...]  # token mixer of each block: 'linear', 'window' or 'conv'
+    layers: tuple[str, ...]  # token mixer of each block, of MIXERS
     d_model: int  # width of the residual stream
     mlp_dim: int  # inner width of the SwiGLU MLP
-    nheads: int  # heads of the linear and window mixers, d_model / nheads wide
+    nheads: int  # heads of every mixer but conv, each d_model / nheads wide
     feature_dim: int = 16  # q/k width of a linear head before the Taylor feature map
     window: int = 129  # keys a window layer sees, the token's own position included
     conv_width: int = 3  # taps of the BaseConv convolution
@@ -29,6 +29,9 @@ class ModelConfig:
     vocab_multiple: int = 8  # the embedding table is padded to a multiple of this
     norm_eps: float = 1e-5
     rotary_base: float = 1e4
+    attention_rotary: float = (
+        0.5  # share of a head that attention layers rotate; window layers: all
+    )
 
     def __post_init__(self):
         if not isinstance(self.layers, tuple) or not self.layers:
@@ -51,6 +54,14 @@ class ModelConfig:
                 "nheads: expected an even d_model / nheads, which the rotary embedding of window "
                 f"layers halves, got {self.d_model} / {self.nheads} = {self.head_dim}"
             )
+        rotated = -(-self.attention_rotary_dim // 2) * 2
+        if "attention" in self.layers and not (
+            self.attention_rotary <= 1 and 2 <= rotated <= self.head_dim
+        ):
+            raise ConfigError(
+                f"attention_rotary: expected a share <= 1 that rotates 2 ... {self.head_dim} dims "
+                f"of a head, got {self.attention_rotary} of {self.head_dim}"
+            )
         if not 2 <= self.conv_width <= 8:
             raise ConfigError(f"conv_width: expected 2 ... 8, got {self.conv_width}")
 
@@ -58,6 +69,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Value width of one head."""
         return self.d_model // self.nheads
+
+    @property
+    def attention_rotary_dim(self) -> int:
+        """Dims that set the frequencies of an attention layer; if odd, one more is rotated."""
+        return int(self.head_dim * self.attention_rotary)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -104,9 +120,18 @@ PRESETS = {
         window=64,
         vocab_size=256,
     ),
+    "transformer-cpu": ModelConfig(
+        layers=("attention",) * 6, d_model=192, mlp_dim=400, nheads=4, vocab_size=256
+    ),
     "based-360m": ModelConfig(layers=_LAYERS_360M, d_model=1024, mlp_dim=2048, nheads=16),
     "based-1.4b": ModelConfig(layers=_LAYERS_1B, d_model=1792, mlp_dim=3584, nheads=16),
     "based-1.4b-28x64": ModelConfig(
         layers=_LAYERS_1B, d_model=1792, mlp_dim=3584, nheads=28, window=128
+    ),
+    "transformer-360m": ModelConfig(
+        layers=("attention",) * 24, d_model=1024, mlp_dim=2816, nheads=16
+    ),
+    "transformer-1.3b": ModelConfig(
+        layers=("attention",) * 36, d_model=1680, mlp_dim=4608, nheads=24
     ),
 }

@@ -1,0 +1,227 @@
+"""The token mixers of a block: linear, window and conv of Based, attention of a Transformer.
+
+Each has two forms that compute the same function: forward() over sequences, which can take and
+give a state, and decode() for one token. Both return (output, state). Only the state of attention
+grows with the text; decode() of the others updates theirs in place.
+
+Shapes: B batch, T seqlen, N state rows (B, or the number of packed sequences), H heads,
+D feature_dim, F = 1 + D + D(D+1)/2, V head_dim, W window, K conv_width, S keys in a cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from based_model.config import ModelConfig
+from based_ops import (
+    linear_attention,
+    linear_attention_decode,
+    short_conv,
+    short_conv_decode,
+    sliding_window_attention,
+    sliding_window_decode,
+)
+
+LayerState = tuple[Tensor, ...]
+
+
+@dataclass
+class Span:
+    """What all layers of one call share."""
+
+    start: Tensor  # (N,) tokens seen before this call
+    positions: Tensor  # position in its sequence of every token: (B,T), or (N,) in decode
+    rotary: dict[str, tuple[Tensor, Tensor]]  # by mixer: cos and sin, (*positions, 1, V/2)
+    cu_seqlens: Tensor | None = None  # (N+1,) int: the bounds of packed sequences
+    sequence: Tensor | None = None  # (T,) the packed sequence of every token
+    output_state: bool = False
+
+    def run(self, op: Callable, *args, initial_state, **kwargs):
+        """(out, final state or None) of a sequence op of based_ops."""
+        result = op(
+            *args,
+            initial_state=initial_state,
+            output_final_state=self.output_state,
+            cu_seqlens=self.cu_seqlens,
+            **kwargs,
+        )
+        return result if self.output_state else (result, None)
+
+
+class LinearMixer(nn.Module):
+    """Global causal linear attention under the Taylor feature map.
+
+    State: kv_state (N,H,F,V) and k_state (N,H,F), fp32 or wider.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.nheads = config.nheads
+        d_model, d_feature = config.d_model, config.nheads * config.feature_dim
+        self.q_proj = nn.Linear(d_model, d_feature, bias=False)
+        self.k_proj = nn.Linear(d_model, d_feature, bias=False)
+        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def _qkv(self, x: Tensor) -> list[Tensor]:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return [proj(x).unflatten(-1, (self.nheads, -1)) for proj in projections]
+
+    def forward(self, x: Tensor, state: LayerState | None, span: Span):
+        q, k, v = self._qkv(x)  # (B,T,H,D), (B,T,H,D), (B,T,H,V)
+        out, state = span.run(linear_attention, q, k, v, initial_state=state)
+        return self.out_proj(out.flatten(-2)), state
+
+    def decode(self, x: Tensor, state: LayerState, span: Span):
+        out = linear_attention_decode(*self._qkv(x), *state)
+        return self.out_proj(out.flatten(-2)), state
+
+
+class WindowMixer(nn.Module):
+    """Exact softmax attention over the last W tokens, with rotary positions.
+
+    State: the rings k_cache and v_cache (N,W,H,V), position p in slot p mod W.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.nheads, self.window = config.nheads, config.window
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def _qkv(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
+        return rotate(q, *span.rotary["window"]), rotate(k, *span.rotary["window"]), v
+
+    def forward(self, x: Tensor, state: LayerState | None, span: Span):
+        q, k, v = self._qkv(x, span)  # (B,T,H,V) each
+        out, state = span.run(
+            sliding_window_attention,
+            q,
+            k,
+            v,
+            self.window,
+            initial_state=None if state is None else (*state, span.start),
+        )
+        return self.out_proj(out.flatten(-2)), None if state is None else state[:2]
+
+    def decode(self, x: Tensor, state: LayerState, span: Span):
+        out = sliding_window_decode(*self._qkv(x, span), *state, span.start)
+        return self.out_proj(out.flatten(-2)), state
+
+
+class ConvMixer(nn.Module):
+    """BaseConv: a short causal convolution gated by a projection of the same token.
+
+    State: conv_state (N,2*d_model,K-1), the last inputs of the convolution.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d_inner = 2 * config.d_model
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner)
+        self.conv_weight = nn.Parameter(torch.empty(d_inner, config.conv_width))
+        self.out_proj = nn.Linear(d_inner, config.d_model)
+
+    def forward(self, x: Tensor, state: LayerState | None, span: Span):
+        u, gate = self.in_proj(x).chunk(2, -1)  # (B,T,2*d_model) each
+        out, conv_state = span.run(
+            short_conv,
+            u,
+            self.conv_weight.to(u.dtype),
+            activation="silu",
+            gate=gate,
+            initial_state=None if state is None else state[0],
+        )
+        return self.out_proj(out), (conv_state,)
+
+    def decode(self, x: Tensor, state: LayerState, span: Span):
+        u, gate = self.in_proj(x).chunk(2, -1)
+        weight = self.conv_weight.to(u.dtype)
+        out = short_conv_decode(u, weight, *state, activation="silu", gate=gate)
+        return self.out_proj(out), state
+
+
+class AttentionMixer(nn.Module):
+    """Full causal softmax attention with rotary positions, the Transformer++ baseline.
+
+    State: k_cache and v_cache (N,S,H,V), and present (N,S) bool: rows of unequal length have gaps.
+    Keys are cached rotated, so their order in the cache does not matter.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.nheads = config.nheads
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def _qkv(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
+        return rotate(q, *span.rotary["attention"]), rotate(k, *span.rotary["attention"]), v
+
+    def forward(self, x: Tensor, state: LayerState | None, span: Span):
+        q, k, v = self._qkv(x, span)  # (B,T,H,V) each
+        present = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if state is None and span.cu_seqlens is None:
+            out = _attend(q, k, v, is_causal=True)
+            return self.out_proj(out.flatten(-2)), (k, v, present)
+
+        if span.cu_seqlens is not None:  # one padded row for every packed sequence
+            lengths = span.cu_seqlens.diff()
+            place = (span.sequence, span.positions[0] - span.start[span.sequence])
+            q, k, v, present = (
+                y.new_zeros(len(lengths), lengths.max().item(), *y.shape[2:]).index_put(place, y[0])
+                for y in (q, k, v, present)
+            )
+        seqlen = q.shape[1]
+        if state is not None:
+            k, v, present = (
+                torch.cat(pair, 1) for pair in zip(state, (k, v, present), strict=True)
+            )
+        visible = torch.ones(seqlen, k.shape[1], dtype=torch.bool, device=x.device)
+        diagonal = k.shape[1] - seqlen
+        # A query always sees its own key, so that padding rows have something to see.
+        itself = visible.tril(diagonal).triu(diagonal)
+        mask = (visible.tril(diagonal) & present[:, None, :]) | itself
+        out = _attend(q, k, v, attn_mask=mask[:, None])
+        if span.cu_seqlens is not None:
+            out = out[place][None]
+        return self.out_proj(out.flatten(-2)), (k, v, present)
+
+    def decode(self, x: Tensor, state: LayerState, span: Span):
+        q, k, v = (y[:, None] for y in self._qkv(x, span))  # (N,1,H,V) each
+        present = torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device)
+        state = _append(state, (k, v, present))
+        out = _attend(q, state[0], state[1], attn_mask=state[2][:, None, None])
+        return self.out_proj(out[:, 0].flatten(-2)), state
+
+
+MIXERS = {
+    "linear": LinearMixer,
+    "window": WindowMixer,
+    "conv": ConvMixer,
+    "attention": AttentionMixer,
+}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (..., H, V) by cos and sin (..., 1, R): dim j is paired with j + R.
+
+    Dims from 2R on stay as they are.
+    """
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+    """Softmax attention, q (B,T,H,V), k and v (B,S,H,V) -> (B,T,H,V)."""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **mask).transpose(1, 2)
+
+
+def _append(cache: LayerState, new: LayerState) -> LayerState:
+    return tuple(torch.cat(pair, 1) for pair in zip(cache, new, strict=True))
