@@ -90,8 +90,8 @@ TEST(Primitives, Exp) {
     const double exact = std::exp(static_cast<double>(x));
     if (exact > std::numeric_limits<float>::max()) {
       EXPECT_EQ(got, INFINITY) << x;
-    } else {  // 1 ulp is at most 2^-23 of a normal number, 2^-149 below
-      const double ulp = std::max(std::ldexp(1, std::ilogb(exact) - 23), std::ldexp(1, -149));
+    } else {  // 1 ulp is at most 2^-23 of a normal number, 2^-149 of any other
+      const double ulp = std::ldexp(1, std::max(exact > 0 ? std::ilogb(exact) : -126, -126) - 23);
       ASSERT_LE(std::fabs(got - exact), 1.2 * ulp) << x;
     }
   }
