@@ -70,6 +70,14 @@ class LinearMixer(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         return [proj(x).unflatten(-1, (self.nheads, -1)) for proj in projections]
 
+    def state_size(self, seqlen: int) -> int:
+        """Bytes of one row of the state; the same at every seqlen."""
+        d_model, d_feature = self.v_proj.out_features, self.q_proj.out_features
+        feature_dim = d_feature // self.nheads
+        expanded_dim = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+        itemsize = max(4, self.v_proj.weight.itemsize)
+        return itemsize * expanded_dim * (d_model + self.nheads)
+
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
         q, k, v = self._qkv(x)  # (B,T,H,D), (B,T,H,D), (B,T,H,V)
         out, state = span.run(linear_attention, q, k, v, initial_state=state)
@@ -95,6 +103,10 @@ class WindowMixer(nn.Module):
     def _qkv(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
         return rotate(q, *span.rotary["window"]), rotate(k, *span.rotary["window"]), v
+
+    def state_size(self, seqlen: int) -> int:
+        """Bytes of one row of the state; the same at every seqlen."""
+        return 2 * self.window * self.out_proj.in_features * self.out_proj.weight.itemsize
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
         q, k, v = self._qkv(x, span)  # (B,T,H,V) each
@@ -125,6 +137,11 @@ class ConvMixer(nn.Module):
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner)
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.conv_width))
         self.out_proj = nn.Linear(d_inner, config.d_model)
+
+    def state_size(self, seqlen: int) -> int:
+        """Bytes of one row of the state; the same at every seqlen."""
+        d_inner, width = self.conv_weight.shape
+        return d_inner * (width - 1) * self.conv_weight.itemsize
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
         u, gate = self.in_proj(x).chunk(2, -1)  # (B,T,2*d_model) each
@@ -161,6 +178,10 @@ class AttentionMixer(nn.Module):
     def _qkv(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
         return rotate(q, *span.rotary["attention"]), rotate(k, *span.rotary["attention"]), v
+
+    def state_size(self, seqlen: int) -> int:
+        """Bytes of one row of the state after seqlen tokens."""
+        return seqlen * (2 * self.out_proj.in_features * self.out_proj.weight.itemsize + 1)
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
         q, k, v = self._qkv(x, span)  # (B,T,H,V) each

@@ -161,6 +161,10 @@ class Based(nn.Module):
         logits = F.linear(self.norm(x), self.embedding.weight)
         return logits[..., : self.config.vocab_size]  # no token has a padding row's id
 
+    def state_size(self, seqlen: int) -> int:
+        """Bytes of one sequence's state after seqlen tokens, in the dtype of the weights."""
+        return 8 + sum(layer.mixer.state_size(seqlen) for layer in self.layers)
+
     @torch.no_grad()
     def prefill(
         self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None

@@ -37,9 +37,9 @@ class TrainConfig:
     vocab_size: int | None = None
 
     # Optimizer steps, those before a resume included.
-    steps: int = 400
+    steps: int = 700
     # Windows of text per step.
-    batch_size: int = 16
+    batch_size: int = 8
     # Tokens per window.
     seqlen: int = 256
     # Parts that a batch is run in, one after the other, to need less memory.
@@ -73,7 +73,7 @@ class TrainConfig:
     # Tokens of the held-out text that the final evaluation reads at most.
     max_valid_tokens: int = 2_000_000
     # Steps between two checkpoints; there is always one at the end.
-    save_every: int = 200
+    save_every: int = 250
     # Newest checkpoints to keep; older ones are deleted.
     keep: int = 2
     # What the sample at the end starts from.

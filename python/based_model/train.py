@@ -193,6 +193,7 @@ def describe(trainer: Trainer):
         f"{config.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{config.precision} on {config.device}, {torch.get_num_threads()} threads\n"
         f"layers: {' '.join(model.config.layers)}\n"
+        f"state after {config.seqlen} tokens: {model.state_size(config.seqlen):,} bytes\n"
         f"text: {len(corpus.train):,} {unit} of {len(corpus.train_files)} files to train on, "
         f"{len(corpus.valid):,} of {len(corpus.valid_files)} held out"
     )

@@ -196,10 +196,13 @@ def test_bf16_weights_keep_an_fp32_residual():
     assert model.decode(tokens[:, 0], state).dtype == torch.bfloat16
 
 
-def test_state_size_does_not_grow_with_the_text():
-    model = tiny_model()
-    sizes = {model.prefill(tokens_of(1, seqlen))[1].nbytes() for seqlen in (1, 5, 50)}
-    assert len(sizes) == 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
+def test_state_size(layers, dtype):
+    model = tiny_model(layers, dtype)
+    sizes = {seqlen: model.prefill(tokens_of(2, seqlen))[1].nbytes() // 2 for seqlen in (1, 5, 50)}
+    assert sizes == {seqlen: model.state_size(seqlen) for seqlen in sizes}
+    assert (len(set(sizes.values())) == 1) == ("attention" not in layers)
 
 
 def test_cloned_state_goes_its_own_way():
