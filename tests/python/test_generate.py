@@ -1,0 +1,367 @@
+"""States on disk, forks, packed prompts, sampling, and the command line of the generator."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from based_model import Based, ModelConfig, generate
+from based_model.checkpoint import CheckpointError, save_checkpoint
+from based_model.cli import run_cli
+from based_model.config import ConfigError
+from based_model.data import SEPARATOR
+from based_model.generate import Sampling, continue_prefix, read_prompts, sample
+from based_model.state_file import Prefix, load_prefix, save_prefix
+
+TINY = ModelConfig(
+    layers=("conv", "linear", "window"),
+    d_model=16,
+    mlp_dim=24,
+    nheads=2,
+    feature_dim=4,
+    window=5,
+    vocab_size=256,
+)
+PATTERNS = [
+    ("linear",),
+    ("window",),
+    ("conv",),
+    ("attention",),
+    TINY.layers,
+    ("window", "attention", "linear", "conv"),
+]
+BASED_PATTERNS = [layers for layers in PATTERNS if "attention" not in layers]
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are slower on more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_model(layers=TINY.layers, dtype=torch.float32, **changes) -> Based:
+    torch.manual_seed(0)
+    model = Based(dataclasses.replace(TINY, layers=layers, **changes))
+    for p in model.parameters():  # away from the small initial values, where all logits are alike
+        torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype).requires_grad_(False)
+
+
+def prompts_of(*lengths):
+    return [torch.randint(1, TINY.vocab_size, (length,)) for length in lengths]
+
+
+def continued(model, prefix, count, sampling=GREEDY, seed=0):
+    """The next tokens (N,count); prefix stays as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = continue_prefix(model, prefix.fork(1), count, sampling, generator)
+    return torch.stack(list(steps), 1)
+
+
+def tensors_of(prefix: Prefix):
+    return [prefix.logits, prefix.state.positions, *sum(prefix.state.layers, ())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
+@pytest.mark.parametrize("lengths", [(7,), (1,), (3, 1, 9)], ids=str)
+def test_a_loaded_state_continues_exactly(tmp_path, layers, dtype, lengths):
+    model = tiny_model(layers, dtype)
+    prefix = read_prompts(model, prompts_of(*lengths))
+    save_prefix(tmp_path / "state", prefix, model)
+    loaded = load_prefix(tmp_path / "state", model)
+    for x, y in zip(tensors_of(loaded), tensors_of(prefix), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+    sampling = Sampling(temperature=1.0)
+    assert torch.equal(
+        continued(model, loaded, 20, sampling), continued(model, prefix, 20, sampling)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
+def test_stopping_at_any_token_changes_nothing(tmp_path, layers):
+    model = tiny_model(layers)
+    prefix = read_prompts(model, prompts_of(4, 6))
+    expected = continued(model, prefix, 12)
+    for stop in range(1, 12, 5):
+        moving = prefix.fork(1)
+        # One more than is kept, because the newest token is not part of the state.
+        steps = list(continue_prefix(model, moving, stop + 1, GREEDY))
+        assert torch.equal(torch.stack(steps, 1), expected[:, : stop + 1])
+        save_prefix(tmp_path / "state", moving, model)
+        rest = continued(model, load_prefix(tmp_path / "state", model), 12 - stop)
+        assert torch.equal(rest, expected[:, stop:])
+
+
+@pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
+def test_forks_are_equal_and_independent(layers):
+    model = tiny_model(layers)
+    prefix = read_prompts(model, prompts_of(4, 9))
+    before = [x.clone() for x in tensors_of(prefix)]
+    forks = prefix.fork(3)
+    expected = continued(model, prefix, 10).repeat_interleave(3, 0)
+    assert torch.equal(continued(model, forks, 10), expected)
+
+    # Different tokens into every row: none touches another row or the original.
+    first = torch.arange(1, 7)
+    logits = model.decode(first, forks.state)
+    assert all(torch.equal(x, y) for x, y in zip(tensors_of(prefix), before, strict=True))
+    for row, token in enumerate(first):
+        alone = prefix.fork(1)
+        expected = model.decode(torch.full((2,), token), alone.state)[row // 3]
+        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
+def test_packed_prompts_equal_separate_ones(layers):
+    model = tiny_model(layers, torch.float64)
+    prompts, more = prompts_of(3, 1, 12), prompts_of(2, 0, 7)
+    for start in (None, read_prompts(model, prompts_of(6))):
+        packed = read_prompts(model, more, read_prompts(model, prompts, start))
+        tokens = continued(model, packed, 10)
+        for i, (prompt, appended) in enumerate(zip(prompts, more, strict=True)):
+            alone = read_prompts(model, [appended], read_prompts(model, [prompt], start))
+            torch.testing.assert_close(packed.logits[i : i + 1], alone.logits)
+            assert torch.equal(tokens[i : i + 1], continued(model, alone, 10))
+
+
+def test_prompts_must_fit_the_state():
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=r"at least one token in each, got \[2, 0\]"):
+        read_prompts(model, prompts_of(2, 0))
+    with pytest.raises(ConfigError, match="for each of the 2 texts of the state, or none, got 3"):
+        read_prompts(model, prompts_of(1, 1, 1), read_prompts(model, prompts_of(2, 3)))
+
+
+@pytest.mark.parametrize("layers", BASED_PATTERNS, ids="-".join)
+def test_state_does_not_grow_with_the_output(tmp_path, layers):
+    model, sizes = tiny_model(layers), set()
+    prefix = read_prompts(model, prompts_of(3))
+    for i, _ in enumerate(continue_prefix(model, prefix, 200, GREEDY)):
+        if i % 50 == 0:
+            save_prefix(tmp_path / "state", prefix, model)
+            sizes.add((prefix.state.nbytes(), (tmp_path / "state").stat().st_size))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 6}, "window: expected a state of this model .5., got 6"),
+        ({"layers": ("conv", "linear")}, "layers: expected"),
+        ({"dtype": torch.float64}, "dtype: expected .*float32.*float64"),
+    ],
+)
+def test_state_of_another_model_is_a_named_error(tmp_path, changes, message):
+    other, file = tiny_model(**changes), tmp_path / "state"
+    save_prefix(file, read_prompts(other, prompts_of(3)), other)
+    with pytest.raises(ConfigError, match=message):
+        load_prefix(file, tiny_model())
+
+
+def test_state_of_other_weights_is_a_named_error(tmp_path):
+    model, file = tiny_model(), tmp_path / "state"
+    save_prefix(file, read_prompts(model, prompts_of(3)), model)
+    model.norm.weight[3] += 1e-3
+    with pytest.raises(ConfigError, match="weights: expected a state of this model"):
+        load_prefix(file, model)
+
+
+def test_torn_or_foreign_state_is_a_named_error(tmp_path):
+    from safetensors.torch import save_file
+
+    model, file = tiny_model(), tmp_path / "state"
+    with pytest.raises(CheckpointError, match="not a readable state"):
+        load_prefix(file, model)
+    save_prefix(file, read_prompts(model, prompts_of(3)), model)
+    whole = file.read_bytes()
+    for size in (0, 5, 300, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="not a readable state"):
+            load_prefix(file, model)
+    save_file({"logits": torch.zeros(1, 256)}, file)
+    with pytest.raises(CheckpointError, match="expected a file of format 'based_model state 1'"):
+        load_prefix(file, model)
+
+
+def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
+    model, file = tiny_model(), tmp_path / "state"
+    prefix = read_prompts(model, prompts_of(3))
+    save_prefix(file, prefix, model)
+    before = file.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_prefix(file, read_prompts(model, prompts_of(5)), model)
+    assert file.read_bytes() == before
+
+
+def test_sampling_restricts_the_support():
+    probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    logits = probs.log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings):
+        counts = sample(logits, Sampling(**settings), generator).bincount(minlength=4)
+        return (counts / 4000).tolist()
+
+    def about(*expected):
+        return pytest.approx(expected, abs=0.04)
+
+    assert drawn(temperature=0.0) == [0, 1, 0, 0]
+    assert drawn(temperature=1.0) == about(*probs.tolist())
+    assert drawn(temperature=0.5) == about(*(probs**2 / (probs**2).sum()).tolist())
+    assert drawn(temperature=1.0, top_k=2) == about(0, 2 / 3, 0, 1 / 3)
+    assert drawn(temperature=1.0, top_k=9) == about(*probs.tolist())
+    assert drawn(temperature=1.0, top_p=0.7) == about(0, 2 / 3, 0, 1 / 3)
+    assert drawn(temperature=1.0, top_p=0.01) == [0, 1, 0, 0]
+    top_k_1 = sample(torch.randn(50, 256), Sampling(top_k=1), generator)
+    assert top_k_1.shape == (50,)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A run with one checkpoint, of a model that only writes printable ASCII."""
+    model = tiny_model()
+    model.embedding.weight[:32] *= 0.01
+    model.embedding.weight[127:] *= 0.01
+    return save_checkpoint(tmp_path / "run", 1, model).parent
+
+
+@pytest.fixture
+def cli(checkpoint, monkeypatch, capsys):
+    """Runs the command line: (standard output, standard error)."""
+    pytest.importorskip("tyro")
+
+    def call(*args, stdin=""):
+        argv = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", "12", *args]
+        monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])
+        stream = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stream)))
+        run_cli(generate.GenerateConfig, generate.run, prog="generate")
+        sys.stdout.flush()
+        return tuple(capsys.readouterr())
+
+    return call
+
+
+def test_cli_streams_one_prompt_and_is_seeded(cli):
+    out, _ = cli("--prompt", "def f")
+    assert out.startswith("def f") and len(out.encode()) >= 5 + 12
+    assert cli("--prompt", "def f") == (out, "")
+    assert cli("--prompt", "def f", "--seed", 1)[0] != out
+    assert cli("--prompt", "-", stdin="def f")[0] == out
+    assert cli("--prompts-file", "-", stdin="def f\n")[0] == out
+    assert cli("--prompt", "def f", "--max-new-tokens", 0)[0] == ""
+    assert cli(stdin="unread")[0] == cli("--prompt", "")[0]
+    assert cli("--prompt", "-", stdin=b"\xff\xfe")[0].startswith("\ufffd\ufffd")
+
+
+def test_cli_prints_several_prompts_one_under_the_other(cli, tmp_path):
+    greedy = ("--temperature", 0)
+    first, second = (cli("--prompt", p, *greedy)[0][len(p) : -1] for p in ("a", "the end"))
+    blocks = (
+        f"===== prompt 1\na\n----- continuation 1\n{first}\n"
+        f"===== prompt 2\nthe end\n----- continuation 1\n{second}\n"
+    )
+    assert cli("--prompt", "a", "--prompt", "the end", *greedy)[0] == blocks
+    (tmp_path / "prompts").write_text("a\n\nthe end")
+    assert cli("--prompts-file", tmp_path / "prompts", *greedy)[0] == blocks
+    assert cli("--prompts-file", "-", *greedy, stdin="a\nthe end\n")[0] == blocks
+
+    out, _ = cli("--prompt", "a", "--samples", 2, *greedy)
+    assert out == (
+        f"===== prompt 1\na\n----- continuation 1\n{first}\n----- continuation 2\n{first}\n"
+    )
+    out, _ = cli("--prompt", "a", "--samples", 2)
+    assert len(set(out.split("----- continuation ")[1:])) == 2
+
+
+def test_cli_continues_a_saved_state(cli, tmp_path):
+    state = tmp_path / "state"
+    whole, _ = cli("--prompt", "import os")
+    out, err = cli("--prompt", "import os", "--save-state", state)
+    assert out == whole and err == f"{state}: {state.stat().st_size:,} bytes of state\n"
+    assert "import os" + cli("--load-state", state)[0] == whole
+
+    cli("--prompt", "import ", "--save-state", state, "--max-new-tokens", 0)
+    assert "import " + cli("--load-state", state, "--prompt", "os")[0] == whole
+    out, _ = cli("--load-state", state, "--prompt", "os", "--prompt", "re", "--temperature", 0)
+    assert "===== prompt 1\nos\n" in out and "===== prompt 2\nre\n" in out
+
+    cli("--prompt", "a", "--prompt", "bc", "--save-state", state, "--max-new-tokens", 0)
+    both, _ = cli("--load-state", state)
+    assert both.count("===== prompt") == 2
+
+
+def test_cli_errors_are_one_line(cli, capsys, tmp_path):
+    (tmp_path / "torn").write_bytes(b"{")
+    for args, message in (
+        (("--load-state", tmp_path / "torn"), "torn: not a readable state"),
+        (("--prompts-file", tmp_path / "none"), "No such file"),
+        (("--samples", "0"), "samples: expected >= 1, got 0"),
+        (("--tokenizer", tmp_path / "torn"), "tokenizer: "),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            cli(*args)
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and message in err
+
+
+def test_each_text_ends_with_its_own_separator():
+    model = tiny_model()
+    model.norm.weight[:] = 0.0  # all logits are 0: bytes at random
+    prefix, sampling = read_prompts(model, prompts_of(2)).fork(40), Sampling(temperature=1.0)
+    rows = continued(model, prefix, 120, sampling, seed=3).tolist()
+    ends = [row.index(SEPARATOR) if SEPARATOR in row else None for row in rows]
+    assert None in ends and len(set(ends)) > 5
+    steps = generate.continue_text(model, generate.ByteText(), prefix, 120, sampling, seed=3)
+    for pieces, row, end in zip(zip(*steps, strict=True), rows, ends, strict=True):
+        assert "".join(pieces) == bytes(row[:end]).decode(errors="replace")
+
+
+def test_tokens_of_a_tokenizer(tmp_path, monkeypatch, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("tyro")
+    words = ["<|endoftext|>", "the", "cat", "sat", "on", "mat"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="the"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(words[:1])
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+
+    model = tiny_model(vocab_size=6)
+    save_checkpoint(tmp_path / "run", 1, model)
+    tokens = continued(model, read_prompts(model, [torch.tensor([1, 2])]), 8)[0].tolist()
+    tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
+    args = ["--checkpoint", tmp_path / "run", "--prompt", "the cat", "--temperature", 0]
+    argv = ["generate", *args, "--max-new-tokens", 8, "--tokenizer", file]
+    monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])
+    run_cli(generate.GenerateConfig, generate.run, prog="generate")
+    continuation = capsys.readouterr().out.removeprefix("the cat").split()
+    assert continuation == [words[token] for token in tokens]
+
+    with pytest.raises(ConfigError, match="expected a byte-level model"):
+        next(generate.stream_text(model, "a", 1, GREEDY, 0))
+    small = tiny_model(vocab_size=5)
+    with pytest.raises(ConfigError, match="expected at most the model's 5 tokens, got 6"):
+        generate.text_of_model(small.config.vocab_size, file)
+
+
+def test_tokenizer_that_is_none(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match="tokenizer: expected a tokenizer.json, got"):
+        generate.text_of_model(6, tmp_path / "tokenizer.json")
