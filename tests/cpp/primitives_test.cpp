@@ -152,13 +152,15 @@ TEST(Primitives, BandedProductGeneric) {
 
 #if defined(__x86_64__)
 TEST(Primitives, BandedProductAvx2) {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) GTEST_SKIP();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+    GTEST_SKIP() << "no AVX2 here";
   check_gemm<float, cpu::avx2::Columns>(8, cpu::avx2::gemm<float>);
   check_gemm<double, cpu::avx2::Columns>(4, cpu::avx2::gemm<double>);
 }
 
 TEST(Primitives, BandedProductAvx512) {
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) GTEST_SKIP();
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw"))
+    GTEST_SKIP() << "no AVX-512";
   check_gemm<float, cpu::avx512::Columns>(16, cpu::avx512::gemm<float>);
   check_gemm<double, cpu::avx512::Columns>(8, cpu::avx512::gemm<double>);
 }
