@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "cuda_ops.h"
-#include "tensor.h"
 #include "validate.h"
 
 namespace based::binding {
@@ -67,7 +66,7 @@ Tensor taylor_feature_map(const Tensor& x, double scale) {
     out = empty(x, sizes, p.x.rank, x.scalar_type());
   }
   p.out = view(out);
-  run("taylor_feature_map", x, p, cpu::taylor_feature_map, kCudaTaylorFeatureMap);
+  run("taylor_feature_map", x, p, cpu::taylor_feature_map);
   return out;
 }
 
@@ -75,8 +74,7 @@ Tensor taylor_feature_map_backward(const Tensor& dout, const Tensor& x, double s
   TaylorFeatureMapBackwardParams p;
   const Tensor dx = fresh_like(x);
   p.x = view(x), p.dout = view(dout), p.dx = view(dx), p.scale = scale;
-  run("taylor_feature_map_backward", x, p, cpu::taylor_feature_map_backward,
-      kCudaTaylorFeatureMapBackward);
+  run("taylor_feature_map_backward", x, p, cpu::taylor_feature_map_backward);
   return dx;
 }
 
@@ -100,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
   p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
   p.initial_kv_state = view(kv_state), p.initial_k_state = view(k_state);
   p.cu_seqlens = view(cu_seqlens), p.scale = scale, p.normalize = normalize;
-  run<LinearAttentionParams>("linear_attention", q, p, cpu::linear_attention, nullptr);
+  run<LinearAttentionParams>("linear_attention", q, p, cpu::linear_attention);
   return {out, final_kv, final_k};
 }
 
@@ -120,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   if (k_state) p.dinitial_k_state = view(dk0);
   p.cu_seqlens = view(cu_seqlens), p.scale = scale, p.normalize = normalize;
   run<LinearAttentionBackwardParams>("linear_attention_backward", q, p,
-                                     cpu::linear_attention_backward, nullptr);
+                                     cpu::linear_attention_backward);
   return {dq, dk, dv, dkv0, dk0};
 }
 
@@ -132,8 +130,7 @@ Tensor linear_attention_decode(const Tensor& q, const Tensor& k, const Tensor& v
   p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
   p.kv_state = view(kv_state), p.k_state = view(k_state), p.state_indices = view(state_indices);
   p.scale = scale, p.normalize = normalize;
-  run<LinearAttentionDecodeParams>("linear_attention_decode", q, p, cpu::linear_attention_decode,
-                                   nullptr);
+  run<LinearAttentionDecodeParams>("linear_attention_decode", q, p, cpu::linear_attention_decode);
   return out;
 }
 
@@ -159,8 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention(
   p.initial_k_cache = view(k_cache), p.initial_v_cache = view(v_cache);
   p.initial_positions = view(positions), p.cu_seqlens = view(cu_seqlens);
   p.window = window, p.scale = scale;
-  run<SlidingWindowParams>("sliding_window_attention", q, p, cpu::sliding_window_attention,
-                           nullptr);
+  run<SlidingWindowParams>("sliding_window_attention", q, p, cpu::sliding_window_attention);
   return {out, lse, final_k, final_v, final_positions};
 }
 
@@ -182,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention_back
   p.initial_positions = view(positions), p.cu_seqlens = view(cu_seqlens);
   p.window = window, p.scale = scale;
   run<SlidingWindowBackwardParams>("sliding_window_attention_backward", q, p,
-                                   cpu::sliding_window_attention_backward, nullptr);
+                                   cpu::sliding_window_attention_backward);
   return {dq, dk, dv, dk0, dv0};
 }
 
@@ -194,8 +190,7 @@ Tensor sliding_window_decode(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
   p.k_cache = view(k_cache), p.v_cache = view(v_cache), p.positions = view(positions);
   p.state_indices = view(state_indices), p.scale = scale;
-  run<SlidingWindowDecodeParams>("sliding_window_decode", q, p, cpu::sliding_window_decode,
-                                 nullptr);
+  run<SlidingWindowDecodeParams>("sliding_window_decode", q, p, cpu::sliding_window_decode);
   return out;
 }
 
@@ -219,7 +214,7 @@ std::tuple<Tensor, Tensor> short_conv(const Tensor& x, const Tensor& weight,
   p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.gate = view(gate);
   p.initial_state = view(initial_state), p.cu_seqlens = view(cu_seqlens), p.out = view(out);
   p.activation = activation_of(silu);
-  run<ShortConvParams>("short_conv", x, p, cpu::short_conv, nullptr);
+  run<ShortConvParams>("short_conv", x, p, cpu::short_conv);
   return {out, final_state};
 }
 
@@ -240,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> short_conv_backward(
   if (gate) p.dgate = view(dgate);
   if (initial_state) p.dinitial_state = view(dinitial);
   p.activation = activation_of(silu);
-  run<ShortConvBackwardParams>("short_conv_backward", x, p, cpu::short_conv_backward, nullptr);
+  run<ShortConvBackwardParams>("short_conv_backward", x, p, cpu::short_conv_backward);
   return {dx, dweight, dbias, dgate, dinitial};
 }
 
@@ -252,7 +247,7 @@ Tensor short_conv_decode(const Tensor& x, const Tensor& weight, Tensor conv_stat
   p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.gate = view(gate);
   p.conv_state = view(conv_state), p.state_indices = view(state_indices), p.out = view(out);
   p.activation = activation_of(silu);
-  run<ShortConvDecodeParams>("short_conv_decode", x, p, cpu::short_conv_decode, nullptr);
+  run<ShortConvDecodeParams>("short_conv_decode", x, p, cpu::short_conv_decode);
   return out;
 }
 

@@ -109,18 +109,31 @@ cuda::Stream current_stream(int device_index);
 
 template <class Params>
 using CpuOp = Status (*)(const Params&, ParallelFor);
-template <class Params>
-using CudaOp = Status (*)(const Params&, cuda::Stream);
 
-// Runs an op on the device of `first`; a null cuda op is one that this build does not have.
+// The CUDA op of some params, and how many bytes of scratch memory it wants (null: none). A null
+// run is an op without CUDA kernels in this build; cuda_ops.h has the others.
 template <class Params>
-void run(const char* op, const Tensor& first, const Params& params, CpuOp<Params> cpu_op,
-         CudaOp<Params> cuda_op) {
+struct CudaOp {
+  Status (*run)(const Params&, void* workspace, cuda::Stream) = nullptr;
+  int64_t (*workspace_size)(const Params&) = nullptr;
+};
+
+template <class Params>
+inline constexpr CudaOp<Params> kCudaOp = {};
+
+// Runs an op on the device of `first`.
+template <class Params>
+void run(const char* op, const Tensor& first, const Params& params, CpuOp<Params> cpu_op) {
   if (first.is_cpu()) return raise_unless_ok(cpu_op(params, torch_parallel_for()));
-  if (cuda_op == nullptr) raise_no_cuda(op);
+  constexpr CudaOp<Params> cuda_op = kCudaOp<Params>;
+  if (cuda_op.run == nullptr) raise_no_cuda(op);
   const int device = first.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  raise_unless_ok(cuda_op(params, current_stream(device)));
+  const int64_t bytes = cuda_op.workspace_size == nullptr ? 0 : cuda_op.workspace_size(params);
+  std::optional<Tensor> workspace;
+  if (bytes > 0) workspace = empty(first, {bytes}, ScalarType::Byte);
+  raise_unless_ok(
+      cuda_op.run(params, bytes > 0 ? workspace->data_ptr() : nullptr, current_stream(device)));
 }
 
 }  // namespace based::binding

@@ -38,7 +38,7 @@ Status too_large(const char* op) {
 
 }  // namespace
 
-Status taylor_feature_map(const TaylorFeatureMapParams& p, Stream stream) {
+Status taylor_feature_map(const TaylorFeatureMapParams& p, void*, Stream stream) {
   const char* op = "taylor_feature_map";
   const Status status = validate(p);
   const int64_t rows = status.ok() ? row_count(p.x) : 0;
@@ -55,7 +55,7 @@ Status taylor_feature_map(const TaylorFeatureMapParams& p, Stream stream) {
   });
 }
 
-Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams& p, Stream stream) {
+Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams& p, void*, Stream stream) {
   const char* op = "taylor_feature_map_backward";
   const Status status = validate(p);
   const int64_t rows = status.ok() ? row_count(p.x) : 0;

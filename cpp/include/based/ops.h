@@ -28,7 +28,9 @@ namespace based::cuda {
 
 using Stream = void*;  // a cudaStream_t of the device that the tensors live on
 
-Status taylor_feature_map(const TaylorFeatureMapParams&, Stream);
-Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, Stream);
+// Device memory an op may scribble on during its call: so many bytes, aligned to 256. An op without
+// such a function takes a null workspace.
+Status taylor_feature_map(const TaylorFeatureMapParams&, void* workspace, Stream);
+Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, void* workspace, Stream);
 
 }  // namespace based::cuda
