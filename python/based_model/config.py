@@ -134,4 +134,8 @@ PRESETS = {
     "transformer-1.3b": ModelConfig(
         layers=("attention",) * 36, d_model=1680, mlp_dim=4608, nheads=24
     ),
+    # Heads of 64, the shape that attention kernels like best: the baseline of speed comparisons.
+    "transformer-1.3b-26x64": ModelConfig(
+        layers=("attention",) * 36, d_model=1664, mlp_dim=4608, nheads=26
+    ),
 }

@@ -5,7 +5,7 @@ give a state, and decode() for one token. Both return (output, state). Only the 
 grows with the text; decode() of the others updates theirs in place.
 
 Shapes: B batch, T seqlen, N state rows (B, or the number of packed sequences), H heads,
-D feature_dim, F = 1 + D + D(D+1)/2, V head_dim, W window, K conv_width, S keys in a cache.
+D feature_dim, F = 1 + D + D(D+1)/2, V head_dim, W window, K conv_width, S slots of a cache.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,7 @@ class Span:
     rotary: dict[str, tuple[Tensor, Tensor]]  # by mixer: cos and sin, (*positions, 1, V/2)
     cu_seqlens: Tensor | None = None  # (N+1,) int: the bounds of packed sequences
     sequence: Tensor | None = None  # (T,) the packed sequence of every token
+    slots: int = 0  # tokens in the longest sequence after this call; counted for attention only
     output_state: bool = False
 
     def run(self, op: Callable, *args, initial_state, **kwargs):
@@ -165,8 +166,8 @@ class ConvMixer(nn.Module):
 class AttentionMixer(nn.Module):
     """Full causal softmax attention with rotary positions, the Transformer++ baseline.
 
-    State: k_cache and v_cache (N,S,H,V), and present (N,S) bool: rows of unequal length have gaps.
-    Keys are cached rotated, so their order in the cache does not matter.
+    State: k_cache and v_cache (N,S,H,V), position p in slot p. Slots that hold no token yet are
+    zero; decode() fills them, and makes half as many new ones when there are none left.
     """
 
     def __init__(self, config: ModelConfig):
@@ -180,43 +181,48 @@ class AttentionMixer(nn.Module):
         return rotate(q, *span.rotary["attention"]), rotate(k, *span.rotary["attention"]), v
 
     def state_size(self, seqlen: int) -> int:
-        """Bytes of one row of the state after seqlen tokens."""
-        return seqlen * (2 * self.out_proj.in_features * self.out_proj.weight.itemsize + 1)
+        """Bytes of one row of the state once it has read seqlen tokens in one call."""
+        return seqlen * 2 * self.out_proj.in_features * self.out_proj.weight.itemsize
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
         q, k, v = self._qkv(x, span)  # (B,T,H,V) each
-        present = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if state is None and span.cu_seqlens is None:
             out = _attend(q, k, v, is_causal=True)
-            return self.out_proj(out.flatten(-2)), (k, v, present)
+            return self.out_proj(out.flatten(-2)), (k, v)
 
-        if span.cu_seqlens is not None:  # one padded row for every packed sequence
-            lengths = span.cu_seqlens.diff()
-            place = (span.sequence, span.positions[0] - span.start[span.sequence])
-            q, k, v, present = (
-                y.new_zeros(len(lengths), lengths.max().item(), *y.shape[2:]).index_put(place, y[0])
-                for y in (q, k, v, present)
-            )
-        seqlen = q.shape[1]
-        if state is not None:
-            k, v, present = (
-                torch.cat(pair, 1) for pair in zip(state, (k, v, present), strict=True)
-            )
-        visible = torch.ones(seqlen, k.shape[1], dtype=torch.bool, device=x.device)
-        diagonal = k.shape[1] - seqlen
-        # A query always sees its own key, so that padding rows have something to see.
-        itself = visible.tril(diagonal).triu(diagonal)
-        mask = (visible.tril(diagonal) & present[:, None, :]) | itself
-        out = _attend(q, k, v, attn_mask=mask[:, None])
+        rows, offsets = span.sequence, span.positions
+        if span.cu_seqlens is None:
+            rows = torch.arange(len(x), device=x.device)[:, None]
+        else:  # queries in one padded row for every packed sequence
+            q, k, v, offsets = q[0], k[0], v[0], offsets[0]
+            place = (rows, offsets - span.start[rows])
+            longest = span.cu_seqlens.diff().max().item()
+            q = q.new_zeros(len(span.start), longest, *q.shape[1:]).index_put(place, q)
+        k_cache, v_cache = state or (k.new_zeros(len(span.start), 0, *k.shape[-2:]),) * 2
+        k_cache = _grown(k_cache, span.slots).index_put((rows, offsets), k)
+        v_cache = _grown(v_cache, span.slots).index_put((rows, offsets), v)
+        # Slots ahead of a row's last token are seen by the queries of its padding alone.
+        slots = torch.arange(span.slots, device=x.device)
+        ends = span.start[:, None] + torch.arange(q.shape[1], device=x.device)
+        mask = slots <= ends[:, None, :, None]  # (N,1,T,S)
+        out = _attend(q, k_cache[:, : span.slots], v_cache[:, : span.slots], attn_mask=mask)
         if span.cu_seqlens is not None:
             out = out[place][None]
-        return self.out_proj(out.flatten(-2)), (k, v, present)
+        return self.out_proj(out.flatten(-2)), (k_cache, v_cache)
 
     def decode(self, x: Tensor, state: LayerState, span: Span):
-        q, k, v = (y[:, None] for y in self._qkv(x, span))  # (N,1,H,V) each
-        present = torch.ones(x.shape[0], 1, dtype=torch.bool, device=x.device)
-        state = _append(state, (k, v, present))
-        out = _attend(q, state[0], state[1], attn_mask=state[2][:, None, None])
+        q, k, v = self._qkv(x, span)  # (N,H,V) each
+        size = state[0].shape[1]
+        if span.slots > size:
+            state = tuple(_grown(cache, max(64, size + size // 2)) for cache in state)
+        k_cache, v_cache = state
+        rows = torch.arange(len(x), device=x.device)
+        k_cache[rows, span.start] = k
+        v_cache[rows, span.start] = v
+        mask = torch.arange(span.slots, device=x.device) <= span.start[:, None, None, None]
+        out = _attend(
+            q[:, None], k_cache[:, : span.slots], v_cache[:, : span.slots], attn_mask=mask
+        )
         return self.out_proj(out[:, 0].flatten(-2)), state
 
 
@@ -244,5 +250,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **mask).transpose(1, 2)
 
 
-def _append(cache: LayerState, new: LayerState) -> LayerState:
-    return tuple(torch.cat(pair, 1) for pair in zip(cache, new, strict=True))
+def _grown(cache: Tensor, slots: int) -> Tensor:
+    """A copy of a cache (N,S,H,V) with at least so many slots, the new ones zero."""
+    new = cache.new_zeros(cache.shape[0], max(0, slots - cache.shape[1]), *cache.shape[2:])
+    return torch.cat((cache, new), 1)

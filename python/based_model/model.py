@@ -146,15 +146,17 @@ class Based(nn.Module):
                 torch.searchsorted(cu_seqlens[1:], offsets, right=True),
             )
             positions = (start[sequence] + offsets - cu_seqlens[sequence])[None]
+        end = start + lengths
+        slots = 0 if state is None and cu_seqlens is None else self._slots(end)
         rotary = self._rotary(positions)
-        span = Span(start, positions, rotary, cu_seqlens, sequence, output_state)
+        span = Span(start, positions, rotary, cu_seqlens, sequence, slots, output_state)
 
         x = self._embed(tokens)
         layer_states = []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, None if state is None else state.layers[i], span)
             layer_states.append(layer_state)
-        return x, ModelState(layer_states, start + lengths) if output_state else None
+        return x, ModelState(layer_states, end) if output_state else None
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and tied output layer: (..., d_model) -> (..., vocab_size)."""
@@ -180,7 +182,9 @@ class Based(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor, state: ModelState) -> Tensor:
         """One token per row: tokens (N,) -> logits (N,vocab_size), state moves on in place."""
-        span = Span(state.positions, state.positions, self._rotary(state.positions))
+        positions = state.positions
+        slots = self._slots(positions + 1)
+        span = Span(positions, positions, self._rotary(positions), slots=slots)
         x = self._embed(tokens)
         for i, layer in enumerate(self.layers):
             x, state.layers[i] = layer.decode(x, state.layers[i], span)
@@ -190,6 +194,10 @@ class Based(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _slots(self, ends: Tensor) -> int:
+        """Tokens in the longest sequence, where a key-value cache has to know: GPUs wait for it."""
+        return ends.max().item() if "attention" in self.config.layers and len(ends) else 0
 
     def _rotary(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """cos and sin (*positions, 1, R) of position * rotary_base^(-2j/dim), for each mixer."""

@@ -17,7 +17,7 @@ from based_model.checkpoint import CheckpointError
 from based_model.config import ConfigError, ModelConfig
 from based_model.model import Based, ModelState
 
-FORMAT = "based_model state 1"
+FORMAT = "based_model state 2"
 
 
 @dataclass

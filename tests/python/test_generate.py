@@ -188,7 +188,7 @@ def test_torn_or_foreign_state_is_a_named_error(tmp_path):
         with pytest.raises(CheckpointError, match="not a readable state"):
             load_prefix(file, model)
     save_file({"logits": torch.zeros(1, 256)}, file)
-    with pytest.raises(CheckpointError, match="expected a file of format 'based_model state 1'"):
+    with pytest.raises(CheckpointError, match="expected a file of format 'based_model state 2'"):
         load_prefix(file, model)
 
 
