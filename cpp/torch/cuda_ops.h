@@ -8,9 +8,14 @@
 namespace based::binding {
 
 #if defined(BASED_HAS_CUDA)
-inline constexpr std::array<const char*, 2> kCudaOps = {
+inline constexpr std::array kCudaOps = {
+    "short_conv",
+    "short_conv_backward",
+    "short_conv_decode",
     "taylor_feature_map",
     "taylor_feature_map_backward",
+    "linear_attention_decode",
+    "sliding_window_decode",
 };
 template <>
 inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> = {
@@ -18,6 +23,20 @@ inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> 
 template <>
 inline constexpr CudaOp<TaylorFeatureMapBackwardParams> kCudaOp<TaylorFeatureMapBackwardParams> = {
     cuda::taylor_feature_map_backward};
+template <>
+inline constexpr CudaOp<LinearAttentionDecodeParams> kCudaOp<LinearAttentionDecodeParams> = {
+    cuda::linear_attention_decode};
+template <>
+inline constexpr CudaOp<SlidingWindowDecodeParams> kCudaOp<SlidingWindowDecodeParams> = {
+    cuda::sliding_window_decode};
+template <>
+inline constexpr CudaOp<ShortConvParams> kCudaOp<ShortConvParams> = {cuda::short_conv};
+template <>
+inline constexpr CudaOp<ShortConvBackwardParams> kCudaOp<ShortConvBackwardParams> = {
+    cuda::short_conv_backward, cuda::short_conv_backward_workspace_size};
+template <>
+inline constexpr CudaOp<ShortConvDecodeParams> kCudaOp<ShortConvDecodeParams> = {
+    cuda::short_conv_decode};
 #else
 inline constexpr std::array<const char*, 0> kCudaOps = {};
 #endif

@@ -9,6 +9,7 @@ from support import (
     SEQLENS,
     assert_close,
     check,
+    devices,
     error,
     every_other,
     far_apart,
@@ -76,6 +77,27 @@ def test_any_batch_and_channels(batch, channels, device):
     assert out.shape == (batch, 9, channels) and state.shape == (batch, channels, 3)
     if batch * channels:
         check_call(arguments, F32, "silu")
+
+
+@pytest.mark.parametrize("taps", [3, 8])
+@pytest.mark.parametrize("channels", [8, 40, 264, 520])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_wide_accesses(offset, channels, taps, device, dtype):
+    """Channels that kernels may take several at a time: halves of one tensor, as a model splits
+    them, at addresses that are and are not aligned."""
+    arguments = make(2, 75, channels, taps, dtype, device, "bg")
+    wide = arguments["x"].new_full((2, 75, 2 * channels + 8), float("nan"))
+    views = wide.narrow(-1, offset, 2 * channels).chunk(2, -1)
+    arguments["x"], arguments["gate"] = (
+        view.copy_(arguments[n]) for n, view in zip(("x", "gate"), views)
+    )
+    check_call(arguments, dtype, "silu")
+
+
+@pytest.mark.parametrize("bounds", [[0, 40, 40, 41, 150], [0, 16, 32, 33, 150]])
+def test_packed_wide_accesses(bounds, device, dtype):
+    arguments = make(1, bounds[-1], 64, 3, dtype, device, sequences=len(bounds) - 1)
+    check_call(arguments | {"cu_seqlens": torch.tensor(bounds, device=device)}, dtype, "silu")
 
 
 @pytest.mark.parametrize("taps", [2, 8])
@@ -330,3 +352,44 @@ def test_double_backward_raises(device):
     grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError):
         grads[0].sum().backward()
+
+
+@pytest.mark.skipif("cuda" not in devices("short_conv"), reason="needs a GPU")
+@pytest.mark.parametrize("bounds", [[0, 3, 8, 15], [2, 5, 20], [-7, 3, 20], [0, 9, 6, 20], [0, 99]])
+def test_bad_cu_seqlens_on_a_gpu(bounds):
+    """They are not read back: no memory is touched out of bounds, and tokens of no sequence are NaN."""
+    arguments = make(1, 20, 16, 4, F32, "cuda", sequences=len(bounds) - 1)
+    cu_seqlens = torch.tensor(bounds, device="cuda")
+    x = arguments["x"].requires_grad_()
+    out, state = op(**arguments, cu_seqlens=cu_seqlens)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    outside = torch.ones(20, dtype=torch.bool)
+    for start, end in itertools.pairwise(bounds):
+        outside[max(start, 0) : max(end, 0)] = False
+    assert out[:, outside].isnan().all() and dx[:, outside].isnan().all()
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+        assert bool(state[i].isnan().all()) == (not 0 <= start <= end <= 20)
+
+
+@pytest.mark.ops("short_conv_decode")
+@pytest.mark.parametrize("batch, channels", [(1, 1), (3, 300), (130, 64)])
+def test_decode_of_many_rows(batch, channels, device, dtype):
+    arguments = make(batch, 1, channels, 3, dtype, device)
+    expected, after = oracle.short_conv(**{n: x.cpu() for n, x in arguments.items()})
+    x, gate = (arguments.pop(n)[:, 0] for n in ("x", "gate"))
+    state = arguments.pop("initial_state")
+    out = based_ops.short_conv_decode(x, gate=gate, conv_state=state, **arguments)
+    assert_close([out, state], [expected[:, 0], after], dtype)
+
+
+@pytest.mark.skipif("cuda" not in devices("short_conv_decode"), reason="needs a GPU")
+def test_bad_slots_on_a_gpu():
+    arguments = make(4, 1, 16, 3, F32, "cuda")
+    x, gate = (arguments.pop(n)[:, 0] for n in ("x", "gate"))
+    state = arguments.pop("initial_state")
+    before = state.clone()
+    slots = torch.tensor([4, -2, -1, 2**40], device="cuda")
+    out = based_ops.short_conv_decode(
+        x, gate=gate, conv_state=state, **arguments, state_indices=slots
+    )
+    assert out[[0, 1, 3]].isnan().all() and not out[2].any() and torch.equal(state, before)

@@ -32,5 +32,15 @@ using Stream = void*;  // a cudaStream_t of the device that the tensors live on
 // such a function takes a null workspace.
 Status taylor_feature_map(const TaylorFeatureMapParams&, void* workspace, Stream);
 Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, void* workspace, Stream);
+Status linear_attention(const LinearAttentionParams&, void* workspace, Stream);
+int64_t linear_attention_workspace_size(const LinearAttentionParams&);
+Status linear_attention_backward(const LinearAttentionBackwardParams&, void* workspace, Stream);
+int64_t linear_attention_backward_workspace_size(const LinearAttentionBackwardParams&);
+Status linear_attention_decode(const LinearAttentionDecodeParams&, void* workspace, Stream);
+Status sliding_window_decode(const SlidingWindowDecodeParams&, void* workspace, Stream);
+Status short_conv(const ShortConvParams&, void* workspace, Stream);
+int64_t short_conv_backward_workspace_size(const ShortConvBackwardParams&);
+Status short_conv_backward(const ShortConvBackwardParams&, void* workspace, Stream);
+Status short_conv_decode(const ShortConvDecodeParams&, void* workspace, Stream);
 
 }  // namespace based::cuda

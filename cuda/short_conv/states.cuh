@@ -1,0 +1,124 @@
+// The states of the short convolution: small kernels of one thread per (sequence, channel).
+#pragma once
+
+#include "short_conv/backward.cuh"
+
+namespace based::cuda {
+
+// The place of a thread: sequence (or row) n and a channel; false when there is none.
+__device__ __forceinline__ bool state_place(const ConvArgs& args, int64_t rows, int64_t& n,
+                                            int& channel) {
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  n = index / args.channels, channel = static_cast<int>(index % args.channels);
+  return n < rows;
+}
+
+__device__ __forceinline__ Span state_span(const ConvArgs& args, int64_t n) {
+  if (args.cu_seqlens.data == nullptr) return {n, 0, args.seqlen};
+  return sequence(args.cu_seqlens, n, args.seqlen);
+}
+
+// final_state_n = the last K-1 inputs of sequence n, which may reach back into its initial state.
+template <class Element>
+__global__ void short_conv_final_state_kernel(ConvArgs args, int64_t rows, int taps) {
+  int64_t n;
+  int channel;
+  if (!state_place(args, rows, n, channel)) return;
+  const Span span = state_span(args, n);
+  const bool packed = args.cu_seqlens.data != nullptr;
+  const Element* gX = row_of<Element>(args.x, packed ? 0 : n, channel);
+  const Element* gInitial = row_of<Element>(args.initial, n, 0) + channel * args.initial.stride1;
+  Element* gFinal =
+      mutable_row_of<Element>(args.final_state, n, 0) + channel * args.final_state.stride1;
+  for (int i = 0; i < taps - 1; ++i) {
+    const int64_t s = span.end - (taps - 1) + i;
+    Element value = from_float<Element>(absent(span));
+    if (s >= span.begin) {
+      value = gX[s * args.x.stride1];
+    } else if (args.initial.data != nullptr && span.n >= 0) {
+      value = gInitial[s - span.begin + taps - 1];
+    }
+    gFinal[i] = value;
+  }
+}
+
+// dinitial_n: the gradient of the K-1 inputs before sequence n, from g of its first K-1 tokens.
+template <class Element, int kTaps>
+__global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_t rows) {
+  int64_t n;
+  int channel;
+  if (!state_place(args, rows, n, channel)) return;
+  const Span span = state_span(args, n);
+  const int64_t row = args.cu_seqlens.data != nullptr ? 0 : n;
+  const Element* gX = row_of<Element>(args.x, row, channel);
+  const Element* gGate = row_of<Element>(args.gate, row, channel);
+  const Element* gDout = row_of<Element>(args.dout, row, channel);
+  Element* gDinitial =
+      mutable_row_of<Element>(args.dinitial, n, 0) + channel * args.dinitial.stride1;
+  const bool gated = args.gate.data != nullptr;
+  ConvGradient<Element, kTaps, 1> gradient;
+  gradient.conv.load_filter(args, channel);
+  gradient.conv.start(args, gX, span, span.begin, channel);
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) gradient.g[j][0] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kTaps - 1; ++i) {
+    const int64_t t = span.begin + i;
+    const bool known = t < span.end;
+    Vector<Element, 1> x = {}, gate = {}, dout = {};
+    if (known) {
+      x = load_vector<1>(gX + t * args.x.stride1);
+      dout = load_vector<1>(gDout + t * args.dout.stride1);
+      if (gated) gate = load_vector<1>(gGate + t * args.gate.stride1);
+    }
+    gradient.conv.push(x);
+    float dgate[1], dx[1];
+    gradient.push_gradient(known, span, dout, gate, gated, args.silu, dgate);
+    gradient.input_gradient(args, span, t - (kTaps - 1), channel, dx);
+    gDinitial[i] = from_float<Element>(dx[0]);
+  }
+}
+
+// One token per row: out from the state and x, then x is shifted into the state. A skipped row gets
+// 0, one whose slot does not exist NaN.
+struct ConvDecodeArgs {
+  Slab x, gate, out;  // (B, C): stride0 from row to row
+  Slab state;         // (slots, C, K-1), updated in place
+  Slab weight;        // (C, K)
+  const void* bias;   // (C,)
+  IndexVector state_indices;
+  int64_t batch, slots;
+  int channels;
+  bool silu;
+};
+
+template <class Element, int kTaps>
+__global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t row = index / args.channels;
+  const int channel = static_cast<int>(index % args.channels);
+  if (row >= args.batch) return;
+  const int64_t slot = args.state_indices.data == nullptr ? row : args.state_indices[row];
+  Element* gOut = mutable_row_of<Element>(args.out, row, channel);
+  if (slot < 0 || slot >= args.slots) {
+    *gOut = from_float<Element>(absent({slot == -1 ? 0 : -1, 0, 0}));
+    return;
+  }
+  const Element* gWeight = row_of<Element>(args.weight, 0, 0) + channel * args.weight.stride0;
+  Element* gState = mutable_row_of<Element>(args.state, slot, 0) + channel * args.state.stride1;
+  Element inputs[kTaps];
+#pragma unroll
+  for (int j = 0; j < kTaps - 1; ++j) inputs[j] = gState[j];
+  inputs[kTaps - 1] = *row_of<Element>(args.x, row, channel);
+  float sum =
+      args.bias == nullptr ? 0.0f : to_float(static_cast<const Element*>(args.bias)[channel]);
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) sum += to_float(gWeight[j]) * to_float(inputs[j]);
+  if (args.silu) sum *= sigmoid(sum);
+  if (args.gate.data != nullptr) sum *= to_float(*row_of<Element>(args.gate, row, channel));
+  *gOut = from_float<Element>(sum);
+#pragma unroll
+  for (int j = 0; j < kTaps - 1; ++j) gState[j] = inputs[j + 1];
+}
+
+}  // namespace based::cuda

@@ -1,0 +1,23 @@
+// How the short-convolution kernels cut their work.
+#pragma once
+
+namespace based::cuda {
+
+constexpr int kConvMaxTaps = 8;
+constexpr int kConvLanes = 32;  // of a warp, each with a vector of channels
+constexpr int kConvForwardBytes = 16;
+constexpr int kConvBackwardVector = 4;  // channels: its sums need the registers
+
+// A thread walks kRun tokens of its channels, kAhead of them loaded before they are used; a block
+// is kGroups such runs, one after the other in time.
+template <int kRun_, int kAhead_, int kGroups_>
+struct ConvTile {
+  static constexpr int kRun = kRun_, kAhead = kAhead_, kGroups = kGroups_;
+  static constexpr int kThreads = kGroups * kConvLanes, kTokens = kGroups * kRun;
+  static_assert(kRun % kAhead == 0, "a run is whole steps");
+};
+
+using ConvForwardTile = ConvTile<16, 4, 8>;
+using ConvBackwardTile = ConvTile<32, 2, 4>;
+
+}  // namespace based::cuda
