@@ -1,8 +1,9 @@
-"""What to train on: byte tokens of text files or token memmaps, split, and cut into batches."""
+"""What to train on: text files as tokens, or token memmaps, split, and cut into batches."""
 
 import gzip
 import hashlib
 import lzma
+import math
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor
 
 from based_model.config import ConfigError
+from based_model.text import SEPARATOR, ByteText, TokenizerText
 
-BYTE_VOCAB_SIZE = 256  # tokens of text are its bytes
-SEPARATOR = 0  # stands after every file; NUL is no part of text
 # Left out of the standard library: what is not part of it, and its tests, which are mostly data.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -26,9 +26,10 @@ class Corpus:
 
     train: np.ndarray
     valid: np.ndarray
-    vocab_size: int | None  # every id is below; None: not known, as for token memmaps
+    vocab_size: int | None  # every id is below; None: not known, as of a .bin alone
     train_files: tuple[Path, ...]
     valid_files: tuple[Path, ...]
+    valid_text: bytes | None = None  # what valid stands for; None: not known
 
     def __post_init__(self):
         if min(len(self.train), len(self.valid)) < 2:
@@ -38,10 +39,9 @@ class Corpus:
                 f"tokens of {len(self.valid_files)} files"
             )
 
-    @property
-    def is_bytes(self) -> bool:
-        """Whether a token is a byte of text."""
-        return self.vocab_size == BYTE_VOCAB_SIZE
+    def bits_per_byte(self, loss: float) -> float:
+        """The nats per token of valid as bits per byte of valid_text."""
+        return loss / math.log(2) * len(self.valid) / len(self.valid_text)
 
     def fingerprint(self) -> str:
         """A hash of the sizes and of both ends of both texts, to tell another corpus from this."""
@@ -57,29 +57,40 @@ def load_corpus(
     valid_data: tuple[Path, ...] = (),
     valid_share: float = 0.05,
     token_dtype: str = "uint16",
+    text: ByteText | TokenizerText | None = None,
+    max_valid: int | None = None,
 ) -> Corpus:
     """Reads text files and folders, or one .bin of raw token ids; nothing given: the stdlib.
 
     Held out is valid_data, or else valid_share of data: among text files those with the lowest
-    hashes of their content, of a single file or .bin its tail. ConfigError on what cannot be read
-    that way. A .bin is mapped, not loaded.
+    hashes of their content, of a single file or .bin its tail. Of that the first max_valid bytes,
+    or tokens of a .bin, are kept. text makes tokens of text (default: bytes). ConfigError on what
+    cannot be read that way. A .bin is mapped, not loaded.
     """
+    text = text or ByteText()
     if any(path.suffix == ".bin" for path in (*data, *valid_data)):
-        return _token_corpus(data, valid_data, valid_share, token_dtype)
+        return _bin_corpus(data, valid_data, valid_share, token_dtype, text, max_valid)
     files = _text_files(data) if data else stdlib_files()
     if valid_data:
-        held_out = _text_files(valid_data)
-        train_files = [path for path in files if path not in set(held_out)]
-        return _byte_corpus(train_files, held_out)
-    if len(files) == 1:
-        tokens = _read([files[0]])
-        cut = round(len(tokens) * (1 - valid_share))
-        names = (files[0],)
-        return Corpus(tokens[:cut], tokens[cut:], BYTE_VOCAB_SIZE, names, names)
-    held_out = {path for path in files if _hash_share(path) < valid_share}
-    return _byte_corpus(
-        [path for path in files if path not in held_out],
-        [path for path in files if path in held_out],
+        valid_files = _text_files(valid_data)
+        train_files = [path for path in files if path not in set(valid_files)]
+    elif len(files) == 1:
+        train_files = valid_files = files
+    else:
+        held_out = {path for path in files if _hash_share(path) < valid_share}
+        train_files = [path for path in files if path not in held_out]
+        valid_files = [path for path in files if path in held_out]
+    train, valid = _read(train_files, text), _read(valid_files, text)
+    if train_files is valid_files:
+        train, valid = _cut(train, round(len(train) * (1 - valid_share)))
+    valid = valid if max_valid is None else _cut(valid, max_valid)[0]
+    return Corpus(
+        text.encode_all(train),
+        text.encode_all(valid),
+        text.vocab_size,
+        tuple(train_files),
+        tuple(valid_files),
+        valid,
     )
 
 
@@ -116,18 +127,32 @@ def _hash_share(path: Path) -> float:
     return int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:6], "big") / 2**48
 
 
-def _byte_corpus(train_files: list[Path], valid_files: list[Path]) -> Corpus:
-    train, valid = _read(train_files), _read(valid_files)
-    return Corpus(train, valid, BYTE_VOCAB_SIZE, tuple(train_files), tuple(valid_files))
+def _read(files: list[Path], text: ByteText | TokenizerText) -> bytes:
+    """All files, SEPARATOR after each."""
+    contents = [path.read_bytes() for path in files]
+    if isinstance(text, TokenizerText):
+        for path, content in zip(files, contents, strict=True):
+            try:
+                content.decode()
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"data: expected UTF-8 text, got {path}: {error}") from error
+    return b"".join(content + bytes([SEPARATOR]) for content in contents)
 
 
-def _read(files: list[Path]) -> np.ndarray:
-    text = b"".join(path.read_bytes() + bytes([SEPARATOR]) for path in files)
-    return np.frombuffer(text, np.uint8)
+def _cut(text: bytes, size: int) -> tuple[bytes, bytes]:
+    """Two parts, the first of about so many bytes: no character of UTF-8 is cut in two."""
+    while size < len(text) and text[size] & 0xC0 == 0x80:
+        size += 1
+    return text[:size], text[size:]
 
 
-def _token_corpus(
-    data: tuple[Path, ...], valid_data: tuple[Path, ...], valid_share: float, token_dtype: str
+def _bin_corpus(
+    data: tuple[Path, ...],
+    valid_data: tuple[Path, ...],
+    valid_share: float,
+    token_dtype: str,
+    text: ByteText | TokenizerText,
+    max_valid: int | None,
 ) -> Corpus:
     def mapped(path: Path) -> np.ndarray:
         size = np.dtype(token_dtype).itemsize
@@ -139,11 +164,16 @@ def _token_corpus(
     if len(data) != 1 or len(valid_data) > 1 or any(path.suffix != ".bin" for path in paths):
         names = " ".join(map(str, paths))
         raise ConfigError(f"data: expected one .bin, and at most one .bin held out, got {names}")
-    tokens = mapped(data[0])
+    train = mapped(data[0])
     if valid_data:
-        return Corpus(tokens, mapped(valid_data[0]), None, data, valid_data)
-    cut = round(len(tokens) * (1 - valid_share))
-    return Corpus(tokens[:cut], tokens[cut:], None, data, data)
+        valid = mapped(valid_data[0])
+    else:
+        cut = round(len(train) * (1 - valid_share))
+        train, valid = train[:cut], train[cut:]
+    valid, files = valid[:max_valid], (data, valid_data or data)
+    if isinstance(text, TokenizerText):
+        return Corpus(train, valid, text.vocab_size, *files, text.decode_all(valid))
+    return Corpus(train, valid, None, *files)
 
 
 class WindowSampler:
@@ -151,22 +181,34 @@ class WindowSampler:
 
     targets are inputs one token later. The order depends on the seed alone; state_dict() is
     plain JSON data with which another sampler over the same tokens continues exactly.
+
+    Of every batch of batch_size windows this one gives the share of one rank of several, which
+    all draw the same batch: so any number of ranks that divides it can go on from a state.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, seqlen: int, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        seqlen: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         if len(tokens) <= seqlen:
             raise ConfigError(
                 f"seqlen: expected fewer than the {len(tokens)} tokens to train on, got {seqlen}"
             )
         self.tokens, self.batch_size, self.seqlen = tokens, batch_size, seqlen
         self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.share = slice(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
 
     def __iter__(self) -> "WindowSampler":
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         starts = self.rng.integers(len(self.tokens) - self.seqlen, size=self.batch_size)
-        return _windows(self.tokens, starts, self.seqlen)
+        return _windows(self.tokens, starts[self.share], self.seqlen)
 
     def state_dict(self) -> dict:
         return self.rng.bit_generator.state

@@ -5,6 +5,7 @@
 The memory in use does not grow with the length of the output, attention layers aside.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +15,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from based_model.checkpoint import load_model
-from based_model.cli import run_cli
+from based_model.checkpoint import load_model, saved_tokenizer
+from based_model.cli import Repeatable, run_cli
 from based_model.config import ConfigError
 from based_model.model import Based
 from based_model.state_file import Prefix, load_prefix, save_prefix
 from based_model.text import ByteText, TokenizerText, text_of_model
-
-try:
-    from tyro.conf import UseAppendAction as Repeatable
-except ImportError:  # run_cli says what to install
-    Repeatable = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,7 @@ class GenerateConfig(Sampling):
     save_state: Path | None = None
     # A state to start from instead of an empty one; the prompts follow what it has read.
     load_state: Path | None = None
-    # The tokenizer.json of a model whose tokens are not bytes.
+    # The tokenizer.json of a model whose tokens are not bytes; default: its checkpoint's own.
     tokenizer: Path | None = None
     # The tokenizer's token that ends a text.
     end_token: str = "<|endoftext|>"
@@ -187,10 +183,14 @@ def continue_text(
 
 
 def stream_text(
-    model: Based, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int
+    model: Based,
+    text: ByteText | TokenizerText,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
 ) -> Iterator[str]:
-    """Continues one text byte by byte, in pieces of whole characters, to its end."""
-    text = text_of_model(model.config.vocab_size)
+    """Continues one text token by token, in pieces of whole characters, to its end."""
     prefix = read_prompts(model, _encode(model, text, [prompt], after_end=True))
     for (piece,) in continue_text(model, text, prefix, max_new_tokens, sampling, seed):
         yield piece
@@ -214,7 +214,8 @@ def _read_text(path: Path) -> str:
 def run(config: GenerateConfig):
     prompts = config.prompts()
     model = load_model(config.checkpoint, config.device)
-    text = text_of_model(model.config.vocab_size, config.tokenizer, config.end_token)
+    tokenizer = config.tokenizer or saved_tokenizer(config.checkpoint)
+    text = text_of_model(model.config.vocab_size, tokenizer, config.end_token)
     prefix = None if config.load_state is None else load_prefix(config.load_state, model)
     prompts = prompts or [""] * (1 if prefix is None else len(prefix))
     tokens = _encode(model, text, prompts, after_end=prefix is None)
@@ -249,5 +250,11 @@ def _print_texts(
         print(f"----- continuation {copy + 1}\n{continuation}")
 
 
+def main():
+    """The command line."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `generate | head` ends with head
+    run_cli(GenerateConfig, run, prog="python -m based_model.generate", packages=("safetensors",))
+
+
 if __name__ == "__main__":
-    run_cli(GenerateConfig, run, prog="python -m based_model.generate")
+    main()

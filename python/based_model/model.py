@@ -9,10 +9,12 @@ Shapes: B batch, T seqlen, N state rows (B, or the number of packed sequences).
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from based_model.config import ModelConfig
 from based_model.mixers import MIXERS, LayerState, Span
@@ -92,6 +94,7 @@ class Based(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # in training: run blocks again in the backward
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -153,8 +156,11 @@ class Based(nn.Module):
 
         x = self._embed(tokens)
         layer_states = []
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, None if state is None else state.layers[i], span)
+            # The other kind of checkpoint lets an op look at what it saved only once.
+            run = partial(checkpoint, layer, use_reentrant=True) if again else layer
+            x, layer_state = run(x, None if state is None else state.layers[i], span)
             layer_states.append(layer_state)
         return x, ModelState(layer_states, end) if output_state else None
 

@@ -39,6 +39,16 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+def empty_optimizer_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What optimizer_tensors gives before the first step: all zero, spread as the parameters."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"{name}/step"] = torch.zeros((), device=p.device)
+        tensors[f"{name}/exp_avg"] = torch.zeros_like(p, requires_grad=False)
+        tensors[f"{name}/exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
+    return tensors
+
+
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ):

@@ -26,6 +26,11 @@ class TrainConfig:
     valid_share: float = 0.05
     # Type of the token ids in a .bin.
     token_dtype: Literal["uint16", "uint32"] = "uint16"
+    # A tokenizer.json that makes tokens of text, or that made those of a .bin; default: text is
+    # read as bytes.
+    tokenizer: Path | None = None
+    # The tokenizer's token that ends a text.
+    end_token: str = "<|endoftext|>"
 
     # Name of a model preset (based_model.config.PRESETS).
     preset: str = "based-cpu"
@@ -33,12 +38,12 @@ class TrainConfig:
     feature_dim: int | None = None
     # Keys that a sliding-window layer sees: recall against state size. Default: the preset's.
     window: int | None = None
-    # Number of different tokens; default: 256 for text, which is read as bytes, else the preset's.
+    # Number of different tokens; default: those of the text (256 of bytes), else the preset's.
     vocab_size: int | None = None
 
     # Optimizer steps, those before a resume included.
     steps: int = 700
-    # Windows of text per step.
+    # Windows of text per step, over all processes.
     batch_size: int = 8
     # Tokens per window.
     seqlen: int = 256
@@ -63,23 +68,30 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     # Where to train: cpu, cuda, cuda:1 ...
     device: str = "cpu"
-    # CPU threads; default: as many as torch finds cores.
+    # How the processes that torchrun starts share the work: ddp gives each the whole model, fsdp
+    # spreads weights and optimizer over them. A single process does all, whatever stands here.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    # Run every block's forward again in the backward instead of keeping what it computed.
+    checkpoint_activations: bool = False
+    # Compile the blocks with torch.compile, which needs a C++ compiler or a GPU.
+    compile: bool = False
+    # CPU threads of a process; default: as many as torch finds cores.
     threads: int | None = None
     # Seed of the weights, the batches and the sample.
     seed: int = 0
 
     # Steps between two looks at a part of the held-out text.
     eval_every: int = 100
-    # Tokens of the held-out text that the final evaluation reads at most.
-    max_valid_tokens: int = 2_000_000
+    # Bytes of the held-out text (of a .bin: tokens) to read at most.
+    max_valid: int = 2_000_000
     # Steps between two checkpoints; there is always one at the end.
     save_every: int = 250
     # Newest checkpoints to keep; older ones are deleted.
     keep: int = 2
     # What the sample at the end starts from.
     sample_prompt: str = "import os\n\ndef "
-    # Bytes of text to generate then.
-    sample_bytes: int = 400
+    # Tokens to generate then.
+    sample_tokens: int = 400
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -89,7 +101,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected >= 1, got {value}")
-        for name in ("warmup_steps", "weight_decay", "seed", "min_lr", "sample_bytes"):
+        for name in ("warmup_steps", "weight_decay", "seed", "min_lr", "sample_tokens"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected >= 0, got {getattr(self, name)}")
         for name in ("lr", "clip"):
@@ -102,8 +114,8 @@ class TrainConfig:
             raise ConfigError(f"valid_share: expected 0 < share < 1, got {self.valid_share}")
         if self.min_lr > self.lr:
             raise ConfigError(f"min_lr: expected at most lr ({self.lr}), got {self.min_lr}")
-        if self.max_valid_tokens < 2:
-            raise ConfigError(f"max_valid_tokens: expected >= 2, got {self.max_valid_tokens}")
+        if self.max_valid < 2:
+            raise ConfigError(f"max_valid: expected >= 2, got {self.max_valid}")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size: expected a multiple of accumulate ({self.accumulate}), "
@@ -138,7 +150,7 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"training settings: unknown keys {unknown}")
         values = dict(values)
-        for name in ("out", "resume"):
+        for name in ("out", "resume", "tokenizer"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
         for name in ("data", "valid_data"):

@@ -4,13 +4,13 @@ import signal
 
 
 class StopSignal:
-    """Within the with block, `name` is '' until the first such signal, then the signal's name.
+    """Within the with block, `number` is 0 until the first such signal, then the signal's number.
 
     A second SIGINT raises KeyboardInterrupt as ever.
     """
 
     def __init__(self):
-        self.name = ""
+        self.number = 0
 
     def __enter__(self) -> "StopSignal":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -21,6 +21,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame):
-        if self.name and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.number = number

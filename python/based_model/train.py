@@ -4,194 +4,128 @@
     python -m based_model.train --resume runs/NAME
 
 The recipe is the paper's (AdamW, warm-up, cosine, clipping) at a size that two CPU cores finish
-in minutes. At the end it prints bits per byte on held-out files, and a generated sample.
+in minutes. At the end it prints bits per byte on held-out files, a generated sample, and where the
+loss curve is.
 """
 
-import math
+import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from based_model import checkpoint as ckpt
 from based_model.cli import run_cli
 from based_model.config import ConfigError
-from based_model.data import WindowSampler, compressed_bits_per_byte, load_corpus, valid_batches
+from based_model.data import compressed_bits_per_byte
 from based_model.generate import Sampling, stream_text
 from based_model.log import RunLog
-from based_model.model import Based
-from based_model.optim import (
-    build_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from based_model.parallel import current_ranks, process_group
+from based_model.plot import plot_runs
 from based_model.settings import TrainConfig
 from based_model.signals import StopSignal
+from based_model.text import ByteText
+from based_model.trainer import Trainer
 
-
-class Trainer:
-    """A model in training: everything that a checkpoint has to bring back.
-
-    Equal settings and an equal step mean equal weights, bit for bit on the CPU with the same
-    number of threads, whether or not the run was interrupted on the way.
-    """
-
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
-        self.corpus = load_corpus(
-            config.data, config.valid_data, config.valid_share, config.token_dtype
-        )
-        self.model = Based(config.model_config(self.corpus.vocab_size)).to(config.device)
-        self.optimizer = build_optimizer(
-            self.model, config.weight_decay, (config.beta1, config.beta2)
-        )
-        self.batches = WindowSampler(
-            self.corpus.train, config.batch_size, config.seqlen, config.seed
-        )
-        self.step = 0
-        if config.resume is not None:
-            self._resume(ckpt.find_checkpoint(config.resume))
-
-    def training_step(self) -> dict[str, float]:
-        """One optimizer step on the next batch; returns what to log of it."""
-        config = self.config
-        lr = learning_rate(self.step, config.steps, config.warmup_steps, config.lr, config.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad()
-        inputs, targets = self._checked(*next(self.batches))
-        loss = 0.0
-        part_size = config.batch_size // config.accumulate
-        for part in zip(inputs.split(part_size), targets.split(part_size), strict=True):
-            # Equal parts: the mean of their means is the batch's.
-            part_loss = self.loss(*part) / config.accumulate
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}, learning rate {lr}; "
-                "this step was not taken and nothing was saved"
-            )
-        self.optimizer.step()
-        self.step += 1
-        return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token; inputs and targets (B,T)."""
-        device, bf16 = self.config.device, self.config.precision == "bf16"
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            logits = self.model(inputs.to(device))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
-
-    @torch.no_grad()
-    def evaluate(self, tokens: np.ndarray) -> float:
-        """Nats per token of a text, each window of seqlen tokens predicted from its own start."""
-        nats = 0.0
-        for inputs, targets in valid_batches(
-            tokens, self.config.batch_size // self.config.accumulate, self.config.seqlen
-        ):
-            nats += self.loss(*self._checked(inputs, targets)).item() * targets.numel()
-        return nats / (len(tokens) - 1)
-
-    def save(self, run: Path) -> Path:
-        """Writes a checkpoint of this step, then deletes all but the newest ones."""
-        tensors = optimizer_tensors(self.model, self.optimizer)
-        tensors["torch_rng"] = torch.get_rng_state()
-        values = {
-            "step": self.step,
-            "settings": self.config.to_dict(),
-            "batches": self.batches.state_dict(),
-            "text": self.corpus.fingerprint(),
-        }
-        state = ckpt.TrainingState(values, tensors)
-        path = ckpt.save_checkpoint(run, self.step, self.model, state)
-        ckpt.keep_newest(run, self.config.keep)
-        return path
-
-    def _resume(self, path: Path):
-        config = self.config
-        saved = ckpt.load_model(path, config.device)
-        if saved.config != self.model.config:
-            raise ConfigError(
-                f"resume: expected the model of {path}, {saved.config}, got {self.model.config}"
-            )
-        self.model.load_state_dict(saved.state_dict())
-        values = ckpt.load_training_values(path)
-        if values["text"] != self.corpus.fingerprint():
-            raise ConfigError(f"data: expected the text that {path} was trained on, got another")
-        tensors = ckpt.load_training_tensors(path, config.device)
-        load_optimizer_tensors(self.model, self.optimizer, tensors)
-        torch.set_rng_state(tensors["torch_rng"].cpu())
-        self.batches.load_state_dict(values["batches"])
-        self.step = values["step"]
-        if self.step > config.steps:
-            raise ConfigError(f"steps: expected at least the {self.step} done, got {config.steps}")
-
-    def _checked(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        vocab_size = self.model.config.vocab_size
-        largest = max(inputs.max().item(), targets.max().item())
-        if largest >= vocab_size:
-            raise ConfigError(f"data: expected token ids below {vocab_size}, got {largest}")
-        return inputs, targets
+PACKAGES = ("matplotlib", "safetensors", "tensorboard", "tqdm")
 
 
 def train(config: TrainConfig) -> dict[str, float]:
     """Runs or continues one training; returns held-out nats per token and bits per byte.
 
-    SIGINT and SIGTERM let the step finish, save, and return an empty dict.
+    SIGINT and SIGTERM let the step finish, save, and return an empty dict. Every rank of a
+    process group calls this; the main one prints and writes.
     """
-    from tqdm import tqdm
-
+    ranks = current_ranks()
     run = _run_folder(config)
     trainer = Trainer(config)
-    if config.resume is not None and config.out is None:
-        for path in ckpt.set_aside_newer(ckpt.find_checkpoint(config.resume)):
-            print(f"newer than the checkpoint to continue from, set aside: {path}")
-    log = RunLog(run / "log.jsonl", trainer.step)
-    describe(trainer)
+    log = None
+    if ranks.is_main:
+        if config.resume is not None and config.out is None:
+            for path in ckpt.set_aside_newer(ckpt.find_checkpoint(config.resume)):
+                print(f"newer than the checkpoint to continue from, set aside: {path}")
+        log = RunLog(run, trainer.step)
+        describe(trainer)
+    try:
+        number = run_steps(trainer, run, log)
+        saved = trainer.save(run)
+        if trainer.step < config.steps:
+            if ranks.is_main:
+                name = signal.Signals(number).name
+                print(f"{name} after step {trainer.step}: saved {saved}")
+                print(f"continue with --resume {run}")
+            return {}
+        return report(trainer, saved, log)
+    except FloatingPointError as error:
+        saved = ckpt.list_checkpoints(run)
+        newest = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(f"{error}; {newest}") from error
+    finally:
+        if log is not None:
+            log.close()
+
+
+def run_steps(trainer: Trainer, run: Path, log: RunLog | None) -> int:
+    """Trains to the last step, or to the signal whose number is returned, and saves on the way."""
+    from tqdm import tqdm
+
+    config, ranks = trainer.config, trainer.ranks
     tokens_per_step = config.batch_size * config.seqlen
-    part = trainer.corpus.valid[: 16 * config.seqlen + 1]
     bar = tqdm(
         total=config.steps * tokens_per_step,
         initial=trainer.step * tokens_per_step,
         unit="tok",
         unit_scale=True,
+        disable=not ranks.is_main,
     )
     with bar, StopSignal() as stop:
-        while trainer.step < config.steps and not stop.name:
+        while trainer.step < config.steps:
             started = time.perf_counter()
             record = trainer.training_step()
-            log.write({**record, "tokens_per_s": tokens_per_step / (time.perf_counter() - started)})
+            seconds = time.perf_counter() - started
+            if log is not None:
+                log.write({**record, "tokens_per_s": tokens_per_step / seconds})
             bar.update(tokens_per_step)
             bar.set_postfix_str(f"step {trainer.step}, loss {record['loss']:.3f}")
-            if trainer.step % config.eval_every == 0 and trainer.step < config.steps:
-                loss = trainer.evaluate(part)
-                log.write({"step": trainer.step, "valid_loss": loss})
-                bar.write(f"step {trainer.step}: loss {loss:.3f} on a part of the held-out text")
-            if trainer.step % config.save_every == 0 and trainer.step < config.steps:
+            # A signal may have reached one rank only.
+            if number := int(ranks.max(stop.number)):
+                return number
+            if trainer.step == config.steps:
+                break
+            if trainer.step % config.eval_every == 0:
+                results = evaluate(trainer, 16 * config.seqlen + 1)
+                if log is not None:
+                    log.write({"step": trainer.step, **results})
+                    bar.write(f"step {trainer.step}: {in_words(results)} of part of the held-out")
+            if trainer.step % config.save_every == 0:
                 trainer.save(run)
-        saved = trainer.save(run)
-    if trainer.step < config.steps:
-        print(f"{stop.name} after step {trainer.step}: saved {saved}, continue with --resume {run}")
-        return {}
-    return report(trainer, saved, log)
+    return 0
+
+
+def evaluate(trainer: Trainer, most: int | None = None) -> dict[str, float]:
+    """The loss on the held-out text, or its first tokens: nats per token and bits per byte."""
+    loss = trainer.evaluate(trainer.corpus.valid[:most])
+    results = {"valid_loss": loss}
+    if trainer.corpus.valid_text is not None:
+        results["valid_bits_per_byte"] = trainer.corpus.bits_per_byte(loss)
+    return results
+
+
+def in_words(results: dict[str, float]) -> str:
+    words = f"{results['valid_loss']:.4f} nats per token"
+    if "valid_bits_per_byte" in results:
+        words += f", {results['valid_bits_per_byte']:.4f} bits per byte"
+    return words
 
 
 def describe(trainer: Trainer):
     """What is about to run, on the screen."""
-    config, corpus, model = trainer.config, trainer.corpus, trainer.model
-    unit = "bytes" if corpus.is_bytes else "tokens"
+    config, corpus, model, ranks = trainer.config, trainer.corpus, trainer.model, trainer.ranks
+    unit = "bytes" if isinstance(trainer.text, ByteText) and corpus.vocab_size else "tokens"
+    processes = f"{ranks.count} processes ({config.parallel})" if ranks.count > 1 else "1 process"
     print(
         f"{config.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{config.precision} on {config.device}, {torch.get_num_threads()} threads\n"
+        f"{config.precision} on {config.device}, {processes} of {torch.get_num_threads()} threads\n"
         f"layers: {' '.join(model.config.layers)}\n"
         f"state after {config.seqlen} tokens: {model.state_size(config.seqlen):,} bytes\n"
         f"text: {len(corpus.train):,} {unit} of {len(corpus.train_files)} files to train on, "
@@ -199,26 +133,32 @@ def describe(trainer: Trainer):
     )
 
 
-def report(trainer: Trainer, saved: Path, log: RunLog) -> dict[str, float]:
-    """What the run has come to: held-out loss beside general compressors, and a sample."""
-    config = trainer.config
-    tokens = trainer.corpus.valid[: config.max_valid_tokens]
-    loss = trainer.evaluate(tokens)
-    results = {"loss": loss}
-    print(f"\nheld-out loss: {loss:.4f} nats per token over {len(tokens):,} tokens")
-    if trainer.corpus.is_bytes:
-        results["bits_per_byte"] = loss / math.log(2)
-        results |= compressed_bits_per_byte(tokens.tobytes())
+def report(trainer: Trainer, saved: Path, log: RunLog | None) -> dict[str, float]:
+    """What the run has come to: held-out loss beside general compressors, a sample, the curve."""
+    config, corpus = trainer.config, trainer.corpus
+    results = evaluate(trainer)
+    if log is None:
+        return results
+    print(f"\nheld-out loss over {len(corpus.valid):,} tokens: {in_words(results)}")
+    bytes_per_token = None
+    if corpus.valid_text is not None:
+        bytes_per_token = len(corpus.valid_text) / len(corpus.valid)
+        results |= compressed_bits_per_byte(corpus.valid_text)
         sampling = Sampling()
-        prompt = config.sample_prompt
-        pieces = stream_text(trainer.model, prompt, config.sample_bytes, sampling, config.seed)
+        model = ckpt.load_model(saved, config.device)
         print(f"sample (prefill, then recurrent decode, temperature {sampling.temperature}):\n")
-        print(prompt + "".join(pieces))
+        pieces = stream_text(
+            model, trainer.text, config.sample_prompt, config.sample_tokens, sampling, config.seed
+        )
+        print(config.sample_prompt + "".join(pieces))
         print(
-            f"\nheld-out bits per byte: model {results['bits_per_byte']:.3f}, "
+            f"\nheld-out bits per byte: model {results['valid_bits_per_byte']:.3f}, "
             f"gzip {results['gzip']:.3f}, xz {results['xz']:.3f}"
         )
     log.write({"step": trainer.step, **results})
+    run = saved.parent
+    plot_runs([run], run / "loss.png", bytes_per_token)
+    print(f"loss curve: {run / 'loss.png'}")
     print(f"checkpoint: {saved}")
     return results
 
@@ -228,6 +168,7 @@ def _run_folder(config: TrainConfig) -> Path:
     if config.resume is not None and config.out is None:
         return ckpt.find_checkpoint(config.resume).parent
     run = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    run = current_ranks().from_main(run)
     if ckpt.list_checkpoints(run):
         raise ConfigError(f"out: {run} holds a run already; --resume {run} continues it")
     return run
@@ -235,7 +176,14 @@ def _run_folder(config: TrainConfig) -> Path:
 
 def main():
     """The command line. With --resume the run's own settings are the defaults."""
-    run_cli(TrainConfig, train, prog="python -m based_model.train", defaults=_resumed_settings)
+    with process_group():
+        run_cli(
+            TrainConfig,
+            train,
+            prog="python -m based_model.train",
+            packages=PACKAGES,
+            defaults=_resumed_settings,
+        )
 
 
 def _resumed_settings(argv: list[str]) -> TrainConfig | None:

@@ -1,9 +1,7 @@
-"""States on disk, forks, packed prompts, sampling, and the command line of the generator."""
+"""States on disk, forks, packed prompts, sampling, and the texts that come of them."""
 
 import dataclasses
-import io
 import json
-import sys
 
 import pytest
 import torch
@@ -12,9 +10,10 @@ from based_model import Based, ModelConfig, generate
 from based_model.checkpoint import CheckpointError, save_checkpoint
 from based_model.cli import run_cli
 from based_model.config import ConfigError
-from based_model.data import SEPARATOR
 from based_model.generate import Sampling, continue_prefix, read_prompts, sample
 from based_model.state_file import Prefix, load_prefix, save_prefix
+from based_model.text import SEPARATOR, ByteText
+from training import one_thread_fixture  # noqa: F401
 
 TINY = ModelConfig(
     layers=("conv", "linear", "window"),
@@ -35,15 +34,6 @@ PATTERNS = [
 ]
 BASED_PATTERNS = [layers for layers in PATTERNS if "attention" not in layers]
 GREEDY = Sampling(temperature=0.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are slower on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_model(layers=TINY.layers, dtype=torch.float32, **changes) -> Based:
@@ -230,93 +220,34 @@ def test_sampling_restricts_the_support():
     assert top_k_1.shape == (50,)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A run with one checkpoint, of a model that only writes printable ASCII."""
+def test_greedy_generation_follows_the_full_forward_for_every_prompt():
+    model, prompts = tiny_model(), prompts_of(3, 1, 12)
+    steps = torch.stack(list(generate.generate(model, prompts, 10, GREEDY)), 1)
+    for prompt, row in zip(prompts, steps, strict=True):
+        text = prompt
+        for token in row:
+            assert model(text[None])[0, -1].argmax() == token
+            text = torch.cat([text, token[None]])
+
+
+def test_streamed_text_is_seeded_and_ends_with_its_file():
     model = tiny_model()
-    model.embedding.weight[:32] *= 0.01
-    model.embedding.weight[127:] *= 0.01
-    return save_checkpoint(tmp_path / "run", 1, model).parent
+
+    def text(seed, prompt="é", sampling=Sampling()):
+        return "".join(generate.stream_text(model, ByteText(), prompt, 30, sampling, seed))
+
+    assert text(1) == text(1) != text(2)
+    assert text(1, prompt="")
+    model.norm.weight[:] = 0.0
+    model.norm.weight[0] = 1.0
+    model.embedding.weight[:, 0] = 0.0  # all logits are 0, the greedy choice is SEPARATOR
+    assert text(0, "a", GREEDY) == ""
 
 
-@pytest.fixture
-def cli(checkpoint, monkeypatch, capsys):
-    """Runs the command line: (standard output, standard error)."""
-    pytest.importorskip("tyro")
-
-    def call(*args, stdin=""):
-        argv = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", "12", *args]
-        monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])
-        stream = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stream)))
-        run_cli(generate.GenerateConfig, generate.run, prog="generate")
-        sys.stdout.flush()
-        return tuple(capsys.readouterr())
-
-    return call
-
-
-def test_cli_streams_one_prompt_and_is_seeded(cli):
-    out, _ = cli("--prompt", "def f")
-    assert out.startswith("def f") and len(out.encode()) >= 5 + 12
-    assert cli("--prompt", "def f") == (out, "")
-    assert cli("--prompt", "def f", "--seed", 1)[0] != out
-    assert cli("--prompt", "-", stdin="def f")[0] == out
-    assert cli("--prompts-file", "-", stdin="def f\n")[0] == out
-    assert cli("--prompt", "def f", "--max-new-tokens", 0)[0] == ""
-    assert cli(stdin="unread")[0] == cli("--prompt", "")[0]
-    assert cli("--prompt", "-", stdin=b"\xff\xfe")[0].startswith("\ufffd\ufffd")
-
-
-def test_cli_prints_several_prompts_one_under_the_other(cli, tmp_path):
-    greedy = ("--temperature", 0)
-    first, second = (cli("--prompt", p, *greedy)[0][len(p) : -1] for p in ("a", "the end"))
-    blocks = (
-        f"===== prompt 1\na\n----- continuation 1\n{first}\n"
-        f"===== prompt 2\nthe end\n----- continuation 1\n{second}\n"
-    )
-    assert cli("--prompt", "a", "--prompt", "the end", *greedy)[0] == blocks
-    (tmp_path / "prompts").write_text("a\n\nthe end")
-    assert cli("--prompts-file", tmp_path / "prompts", *greedy)[0] == blocks
-    assert cli("--prompts-file", "-", *greedy, stdin="a\nthe end\n")[0] == blocks
-
-    out, _ = cli("--prompt", "a", "--samples", 2, *greedy)
-    assert out == (
-        f"===== prompt 1\na\n----- continuation 1\n{first}\n----- continuation 2\n{first}\n"
-    )
-    out, _ = cli("--prompt", "a", "--samples", 2)
-    assert len(set(out.split("----- continuation ")[1:])) == 2
-
-
-def test_cli_continues_a_saved_state(cli, tmp_path):
-    state = tmp_path / "state"
-    whole, _ = cli("--prompt", "import os")
-    out, err = cli("--prompt", "import os", "--save-state", state)
-    assert out == whole and err == f"{state}: {state.stat().st_size:,} bytes of state\n"
-    assert "import os" + cli("--load-state", state)[0] == whole
-
-    cli("--prompt", "import ", "--save-state", state, "--max-new-tokens", 0)
-    assert "import " + cli("--load-state", state, "--prompt", "os")[0] == whole
-    out, _ = cli("--load-state", state, "--prompt", "os", "--prompt", "re", "--temperature", 0)
-    assert "===== prompt 1\nos\n" in out and "===== prompt 2\nre\n" in out
-
-    cli("--prompt", "a", "--prompt", "bc", "--save-state", state, "--max-new-tokens", 0)
-    both, _ = cli("--load-state", state)
-    assert both.count("===== prompt") == 2
-
-
-def test_cli_errors_are_one_line(cli, capsys, tmp_path):
-    (tmp_path / "torn").write_bytes(b"{")
-    for args, message in (
-        (("--load-state", tmp_path / "torn"), "torn: not a readable state"),
-        (("--prompts-file", tmp_path / "none"), "No such file"),
-        (("--samples", "0"), "samples: expected >= 1, got 0"),
-        (("--tokenizer", tmp_path / "torn"), "tokenizer: "),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            cli(*args)
-        err = capsys.readouterr().err
-        assert exit.value.code == 2 and message in err
+@pytest.mark.parametrize("changes", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
+def test_bad_sampling_settings_are_named_errors(changes, tmp_path):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        generate.GenerateConfig(checkpoint=tmp_path, **changes)
 
 
 def test_each_text_ends_with_its_own_separator():
@@ -326,7 +257,7 @@ def test_each_text_ends_with_its_own_separator():
     rows = continued(model, prefix, 120, sampling, seed=3).tolist()
     ends = [row.index(SEPARATOR) if SEPARATOR in row else None for row in rows]
     assert None in ends and len(set(ends)) > 5
-    steps = generate.continue_text(model, generate.ByteText(), prefix, 120, sampling, seed=3)
+    steps = generate.continue_text(model, ByteText(), prefix, 120, sampling, seed=3)
     for pieces, row, end in zip(zip(*steps, strict=True), rows, ends, strict=True):
         assert "".join(pieces) == bytes(row[:end]).decode(errors="replace")
 
@@ -354,7 +285,7 @@ def test_tokens_of_a_tokenizer(tmp_path, monkeypatch, capsys):
     assert continuation == [words[token] for token in tokens]
 
     with pytest.raises(ConfigError, match="expected a byte-level model"):
-        next(generate.stream_text(model, "a", 1, GREEDY, 0))
+        generate.text_of_model(6)
     small = tiny_model(vocab_size=5)
     with pytest.raises(ConfigError, match="expected at most the model's 5 tokens, got 6"):
         generate.text_of_model(small.config.vocab_size, file)
