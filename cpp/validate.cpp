@@ -115,6 +115,38 @@ int64_t slot_count(Checker& check, const TensorView& state_indices, int64_t batc
   return kAny;
 }
 
+void check_linear_decode(Checker& check, const LinearAttentionDecodeParams& p) {
+  check.first("(B, H, D)", {kAny, kAny, kAny});
+  if (!check.ok()) return;
+  const int64_t batch = p.q.size[0], heads = p.q.size[1], feature_dim = p.q.size[2];
+  check.require(feature_dim >= 1, "q", "feature_dim >= 1", double(feature_dim));
+  check.require(p.scale > 0, "scale", "a number > 0", p.scale);
+  check.same("k", p.k, "(B, H, D)", {batch, heads, feature_dim});
+  check.same("v", p.v, "(B, H, V)", {batch, heads, kAny});
+  if (!check.ok()) return;
+  const int64_t head_dim = p.v.size[2], slots = slot_count(check, p.state_indices, batch);
+  check.require(head_dim >= 1, "v", "head_dim >= 1", double(head_dim));
+  check_linear_state(check, "kv_state", p.kv_state, "k_state", p.k_state, slots, heads, feature_dim,
+                     head_dim);
+  if (check.ok()) {
+    check.require(given(p.kv_state), "kv_state", "a state (slots, H, F, V)", 0);
+    check.require(p.k_state.size[0] == p.kv_state.size[0], "k_state", "as many slots as kv_state",
+                  double(p.k_state.size[0]));
+  }
+  check.same("out", p.out, "(B, H, V)", {batch, heads, head_dim});
+}
+
+// The rings of waiting tokens.
+template <class Params>
+void check_pending(Checker& check, const Params& p, int64_t slots, int64_t heads,
+                   int64_t feature_dim, int64_t head_dim) {
+  check.same("pending_k", p.pending_k, "(slots, C, H, D)", {slots, kAny, heads, feature_dim});
+  if (!check.ok()) return;
+  const int64_t capacity = p.pending_k.size[1];
+  check.require(capacity >= 1, "pending_k", "C >= 1", double(capacity));
+  check.same("pending_v", p.pending_v, "(slots, C, H, V)", {slots, capacity, heads, head_dim});
+}
+
 }  // namespace
 
 Status validate(const TaylorFeatureMapParams& p) {
@@ -159,24 +191,39 @@ Status validate(const LinearAttentionBackwardParams& p) {
 
 Status validate(const LinearAttentionDecodeParams& p) {
   Checker check("linear_attention_decode", p.q, "q");
-  check.first("(B, H, D)", {kAny, kAny, kAny});
+  check_linear_decode(check, p);
+  return check.status();
+}
+
+Status validate(const LinearAttentionDecodeDeferredParams& p) {
+  Checker check("linear_attention_decode_deferred", p.q, "q");
+  check_linear_decode(check, p);
   if (!check.ok()) return check.status();
-  const int64_t batch = p.q.size[0], heads = p.q.size[1], feature_dim = p.q.size[2];
-  check.require(feature_dim >= 1, "q", "feature_dim >= 1", double(feature_dim));
+  check_pending(check, p, p.kv_state.size[0], p.q.size[1], p.q.size[2], p.v.size[2]);
+  check.index("fill", p.fill, "(B,)", {p.q.size[0]});
+  return check.status();
+}
+
+Status validate(const LinearAttentionFoldParams& p) {
+  Checker check("linear_attention_fold", p.pending_k, "pending_k");
+  check.first("(slots, C, H, D)", {kAny, kAny, kAny, kAny});
   check.require(p.scale > 0, "scale", "a number > 0", p.scale);
-  check.same("k", p.k, "(B, H, D)", {batch, heads, feature_dim});
-  check.same("v", p.v, "(B, H, V)", {batch, heads, kAny});
   if (!check.ok()) return check.status();
-  const int64_t head_dim = p.v.size[2], slots = slot_count(check, p.state_indices, batch);
-  check.require(head_dim >= 1, "v", "head_dim >= 1", double(head_dim));
+  const int64_t slots = p.pending_k.size[0], heads = p.pending_k.size[2];
+  const int64_t feature_dim = p.pending_k.size[3];
+  check.require(feature_dim >= 1, "pending_k", "feature_dim >= 1", double(feature_dim));
+  check_pending(check, p, slots, heads, feature_dim, kAny);
+  if (!check.ok()) return check.status();
+  const int64_t head_dim = last_size(p.pending_v);
+  check.require(head_dim >= 1, "pending_v", "head_dim >= 1", double(head_dim));
+  check.require(given(p.kv_state), "kv_state", "a state (slots, H, F, V)", 0);
   check_linear_state(check, "kv_state", p.kv_state, "k_state", p.k_state, slots, heads, feature_dim,
                      head_dim);
-  if (check.ok()) {
-    check.require(given(p.kv_state), "kv_state", "a state (slots, H, F, V)", 0);
-    check.require(p.k_state.size[0] == p.kv_state.size[0], "k_state", "as many slots as kv_state",
-                  double(p.k_state.size[0]));
+  const int64_t rows = given(p.state_indices) ? kAny : slots;
+  check.index("fill", p.fill, "(B,)", {rows});
+  if (check.ok() && given(p.state_indices)) {
+    check.index("state_indices", p.state_indices, "(B,)", {p.fill.size[0]});
   }
-  check.same("out", p.out, "(B, H, V)", {batch, heads, head_dim});
   return check.status();
 }
 
@@ -230,6 +277,14 @@ Status validate(const SlidingWindowDecodeParams& p) {
   check.same("v_cache", p.v_cache, "(slots, W, H, V)",
              {p.k_cache.size[0], window, heads, head_dim});
   check.index("positions", p.positions, "(B,)", {batch});
+  check.together(given(p.cos) ? "sin" : "cos", p.cos, p.sin);
+  if (given(p.cos)) {
+    check.wide("cos", p.cos, "(B, R)", {batch, kAny});
+    if (!check.ok()) return check.status();
+    const int64_t angles = p.cos.size[1];
+    check.require(2 * angles <= head_dim, "cos", "2 R <= V", double(2 * angles));
+    check.wide("sin", p.sin, "(B, R)", {batch, angles});
+  }
   check.same("out", p.out, "(B, H, V)", {batch, heads, head_dim});
   return check.status();
 }

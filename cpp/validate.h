@@ -1,6 +1,8 @@
 // The argument checks of every op, shared by both backends.
 #pragma once
 
+#include <array>
+
 #include "based/params.h"
 
 namespace based {
@@ -11,6 +13,8 @@ Status validate(const TaylorFeatureMapBackwardParams&);
 Status validate(const LinearAttentionParams&);
 Status validate(const LinearAttentionBackwardParams&);
 Status validate(const LinearAttentionDecodeParams&);
+Status validate(const LinearAttentionDecodeDeferredParams&);
+Status validate(const LinearAttentionFoldParams&);
 Status validate(const SlidingWindowParams&);
 Status validate(const SlidingWindowBackwardParams&);
 Status validate(const SlidingWindowDecodeParams&);
@@ -18,11 +22,40 @@ Status validate(const ShortConvParams&);
 Status validate(const ShortConvBackwardParams&);
 Status validate(const ShortConvDecodeParams&);
 
-// The values of the index tensors, read from host memory: host_* replaces the params' tensor, so
-// that a GPU caller can pass copies. Tensors that are not given are skipped.
-Status validate_cu_seqlens(const char* op, const TensorView& host_cu_seqlens, int64_t total);
-Status validate_positions(const char* op, const char* argument, const TensorView& host_positions);
-Status validate_state_indices(const char* op, const TensorView& host_state_indices, int64_t slots);
+// The values of the index tensors of validated params. Reads them, so they must lie in host memory:
+// the GPU's caller puts copies into the params first. They are the tensors index_tensors() lists.
+Status validate_indices(const TaylorFeatureMapParams&);
+Status validate_indices(const LinearAttentionParams&);
+Status validate_indices(const LinearAttentionBackwardParams&);
+Status validate_indices(const LinearAttentionDecodeParams&);
+Status validate_indices(const LinearAttentionDecodeDeferredParams&);
+Status validate_indices(const LinearAttentionFoldParams&);
+Status validate_indices(const SlidingWindowParams&);
+Status validate_indices(const SlidingWindowBackwardParams&);
+Status validate_indices(const SlidingWindowDecodeParams&);
+Status validate_indices(const ShortConvParams&);
+Status validate_indices(const ShortConvBackwardParams&);
+Status validate_indices(const ShortConvDecodeParams&);
+
+constexpr int kMaxIndexTensors = 2;
+using IndexTensors = std::array<TensorView*, kMaxIndexTensors>;  // null past the last one
+inline IndexTensors index_tensors(TaylorFeatureMapParams&) { return {}; }
+inline IndexTensors index_tensors(LinearAttentionParams& p) { return {&p.cu_seqlens}; }
+inline IndexTensors index_tensors(LinearAttentionDecodeParams& p) { return {&p.state_indices}; }
+inline IndexTensors index_tensors(LinearAttentionDecodeDeferredParams& p) {
+  return {&p.state_indices, &p.fill};
+}
+inline IndexTensors index_tensors(LinearAttentionFoldParams& p) {
+  return {&p.state_indices, &p.fill};
+}
+inline IndexTensors index_tensors(SlidingWindowParams& p) {
+  return {&p.cu_seqlens, &p.initial_positions};
+}
+inline IndexTensors index_tensors(SlidingWindowDecodeParams& p) {
+  return {&p.state_indices, &p.positions};
+}
+inline IndexTensors index_tensors(ShortConvParams& p) { return {&p.cu_seqlens}; }
+inline IndexTensors index_tensors(ShortConvDecodeParams& p) { return {&p.state_indices}; }
 
 // A Status with a printf-style message "<op>: <argument>: expected ..., got ...".
 Status make_status(StatusCode code, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -7,8 +7,9 @@
 #include "checker.h"
 
 namespace based {
+namespace {
 
-Status validate_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t total) {
+Status check_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t total) {
   if (!given(cu_seqlens)) return {};
   const int64_t n = cu_seqlens.size[0] - 1;
   const auto bad = [&](const char* expected, int64_t i, int64_t got) {
@@ -32,18 +33,25 @@ Status validate_cu_seqlens(const char* op, const TensorView& cu_seqlens, int64_t
   return {};
 }
 
-Status validate_positions(const char* op, const char* argument, const TensorView& positions) {
-  for (int64_t i = 0; given(positions) && i < positions.size[0]; ++i) {
-    if (load_index(positions, i) < 0) {
-      return make_status(
-          StatusCode::kInvalidArgument, "%s: %s: expected entries >= 0, got %lld at index %lld", op,
-          argument, static_cast<long long>(load_index(positions, i)), static_cast<long long>(i));
+// Entries in [0, end), where end < 0 stands for no end.
+Status check_counts(const char* op, const char* argument, const TensorView& counts,
+                    int64_t end = -1) {
+  for (int64_t i = 0; given(counts) && i < counts.size[0]; ++i) {
+    const int64_t count = load_index(counts, i);
+    if (count >= 0 && (end < 0 || count < end)) continue;
+    char expected[64] = "entries >= 0";
+    if (end >= 0) {
+      std::snprintf(expected, sizeof expected, "entries in [0, C = %lld)",
+                    static_cast<long long>(end));
     }
+    return make_status(StatusCode::kInvalidArgument, "%s: %s: expected %s, got %lld at index %lld",
+                       op, argument, expected, static_cast<long long>(count),
+                       static_cast<long long>(i));
   }
   return {};
 }
 
-Status validate_state_indices(const char* op, const TensorView& indices, int64_t slots) {
+Status check_slots(const char* op, const TensorView& indices, int64_t slots) {
   if (!given(indices)) return {};
   std::unique_ptr<bool[]> taken(new (std::nothrow) bool[slots]());
   if (!taken) return make_status(StatusCode::kOutOfMemory, "%s: out of memory", op);
@@ -60,6 +68,67 @@ Status validate_state_indices(const char* op, const TensorView& indices, int64_t
     if (slot >= 0) taken[slot] = true;
   }
   return {};
+}
+
+// The first of two outcomes that is a failure.
+Status first_failure(const Status& a, const Status& b) { return a.ok() ? b : a; }
+
+}  // namespace
+
+Status validate_indices(const TaylorFeatureMapParams&) { return {}; }
+
+Status validate_indices(const LinearAttentionParams& p) {
+  return check_cu_seqlens("linear_attention", p.cu_seqlens, p.q.size[1]);
+}
+
+Status validate_indices(const LinearAttentionBackwardParams& p) {
+  return check_cu_seqlens("linear_attention_backward", p.cu_seqlens, p.q.size[1]);
+}
+
+Status validate_indices(const LinearAttentionDecodeParams& p) {
+  return check_slots("linear_attention_decode", p.state_indices, p.kv_state.size[0]);
+}
+
+Status validate_indices(const LinearAttentionDecodeDeferredParams& p) {
+  const char* op = "linear_attention_decode_deferred";
+  return first_failure(check_slots(op, p.state_indices, p.kv_state.size[0]),
+                       check_counts(op, "fill", p.fill, p.pending_k.size[1]));
+}
+
+Status validate_indices(const LinearAttentionFoldParams& p) {
+  const char* op = "linear_attention_fold";
+  return first_failure(check_slots(op, p.state_indices, p.kv_state.size[0]),
+                       check_counts(op, "fill", p.fill, p.pending_k.size[1]));
+}
+
+Status validate_indices(const SlidingWindowParams& p) {
+  const char* op = "sliding_window_attention";
+  return first_failure(check_cu_seqlens(op, p.cu_seqlens, p.q.size[1]),
+                       check_counts(op, "initial_positions", p.initial_positions));
+}
+
+Status validate_indices(const SlidingWindowBackwardParams& p) {
+  const char* op = "sliding_window_attention_backward";
+  return first_failure(check_cu_seqlens(op, p.cu_seqlens, p.q.size[1]),
+                       check_counts(op, "initial_positions", p.initial_positions));
+}
+
+Status validate_indices(const SlidingWindowDecodeParams& p) {
+  const char* op = "sliding_window_decode";
+  return first_failure(check_slots(op, p.state_indices, p.k_cache.size[0]),
+                       check_counts(op, "positions", p.positions));
+}
+
+Status validate_indices(const ShortConvParams& p) {
+  return check_cu_seqlens("short_conv", p.cu_seqlens, p.x.size[1]);
+}
+
+Status validate_indices(const ShortConvBackwardParams& p) {
+  return check_cu_seqlens("short_conv_backward", p.cu_seqlens, p.x.size[1]);
+}
+
+Status validate_indices(const ShortConvDecodeParams& p) {
+  return check_slots("short_conv_decode", p.state_indices, p.conv_state.size[0]);
 }
 
 Status make_status(StatusCode code, const char* format, ...) {

@@ -52,31 +52,17 @@ void run_with_threads(void*, int64_t count, ParallelFor::Body body, void* argume
 }
 
 // Runs `kernel` once every check passed.
-template <class Params, class... Checks>
+template <class Params>
 Status run(const char* op, bool (*kernel)(const Params&, ParallelFor), const Params& params,
-           ParallelFor parallel, const Checks&... checks) {
+           ParallelFor parallel) {
   Status status = validate(params);
-  ((status.ok() ? void(status = checks()) : void()), ...);
+  if (status.ok()) status = validate_indices(params);
   if (!status.ok()) return status;
   if (parallel.run == nullptr) parallel.run = run_with_threads;
   if (!kernel(params, parallel)) {
     return make_status(StatusCode::kOutOfMemory, "%s: out of memory for scratch buffers", op);
   }
   return status;
-}
-
-template <class Params>
-auto cu_seqlens_check(const char* op, const Params& p, int64_t total) {
-  return [op, &p, total] { return validate_cu_seqlens(op, p.cu_seqlens, total); };
-}
-
-template <class Params>
-auto slots_check(const char* op, const Params& p, const TensorView& state) {
-  return [op, &p, &state] { return validate_state_indices(op, p.state_indices, state.size[0]); };
-}
-
-auto positions_check(const char* op, const char* argument, const TensorView& positions) {
-  return [op, argument, &positions] { return validate_positions(op, argument, positions); };
 }
 
 }  // namespace
@@ -92,55 +78,51 @@ Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams& p, Para
 }
 
 Status linear_attention(const LinearAttentionParams& p, ParallelFor parallel) {
-  const char* op = "linear_attention";
-  return run(op, kernels().linear_attention, p, parallel, cu_seqlens_check(op, p, p.q.size[1]));
+  return run("linear_attention", kernels().linear_attention, p, parallel);
 }
 
 Status linear_attention_backward(const LinearAttentionBackwardParams& p, ParallelFor parallel) {
-  const char* op = "linear_attention_backward";
-  return run(op, kernels().linear_attention_backward, p, parallel,
-             cu_seqlens_check(op, p, p.q.size[1]));
+  return run("linear_attention_backward", kernels().linear_attention_backward, p, parallel);
 }
 
 Status linear_attention_decode(const LinearAttentionDecodeParams& p, ParallelFor parallel) {
-  const char* op = "linear_attention_decode";
-  return run(op, kernels().linear_attention_decode, p, parallel, slots_check(op, p, p.kv_state));
+  return run("linear_attention_decode", kernels().linear_attention_decode, p, parallel);
+}
+
+Status linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParams& p,
+                                        ParallelFor parallel) {
+  return run("linear_attention_decode_deferred", kernels().linear_attention_decode_deferred, p,
+             parallel);
+}
+
+Status linear_attention_fold(const LinearAttentionFoldParams& p, ParallelFor parallel) {
+  return run("linear_attention_fold", kernels().linear_attention_fold, p, parallel);
 }
 
 Status sliding_window_attention(const SlidingWindowParams& p, ParallelFor parallel) {
-  const char* op = "sliding_window_attention";
-  return run(op, kernels().sliding_window_attention, p, parallel,
-             cu_seqlens_check(op, p, p.q.size[1]),
-             positions_check(op, "initial_positions", p.initial_positions));
+  return run("sliding_window_attention", kernels().sliding_window_attention, p, parallel);
 }
 
 Status sliding_window_attention_backward(const SlidingWindowBackwardParams& p,
                                          ParallelFor parallel) {
-  const char* op = "sliding_window_attention_backward";
-  return run(op, kernels().sliding_window_attention_backward, p, parallel,
-             cu_seqlens_check(op, p, p.q.size[1]),
-             positions_check(op, "initial_positions", p.initial_positions));
+  return run("sliding_window_attention_backward", kernels().sliding_window_attention_backward, p,
+             parallel);
 }
 
 Status sliding_window_decode(const SlidingWindowDecodeParams& p, ParallelFor parallel) {
-  const char* op = "sliding_window_decode";
-  return run(op, kernels().sliding_window_decode, p, parallel, slots_check(op, p, p.k_cache),
-             positions_check(op, "positions", p.positions));
+  return run("sliding_window_decode", kernels().sliding_window_decode, p, parallel);
 }
 
 Status short_conv(const ShortConvParams& p, ParallelFor parallel) {
-  const char* op = "short_conv";
-  return run(op, kernels().short_conv, p, parallel, cu_seqlens_check(op, p, p.x.size[1]));
+  return run("short_conv", kernels().short_conv, p, parallel);
 }
 
 Status short_conv_backward(const ShortConvBackwardParams& p, ParallelFor parallel) {
-  const char* op = "short_conv_backward";
-  return run(op, kernels().short_conv_backward, p, parallel, cu_seqlens_check(op, p, p.x.size[1]));
+  return run("short_conv_backward", kernels().short_conv_backward, p, parallel);
 }
 
 Status short_conv_decode(const ShortConvDecodeParams& p, ParallelFor parallel) {
-  const char* op = "short_conv_decode";
-  return run(op, kernels().short_conv_decode, p, parallel, slots_check(op, p, p.conv_state));
+  return run("short_conv_decode", kernels().short_conv_decode, p, parallel);
 }
 
 }  // namespace based::cpu

@@ -13,6 +13,8 @@ struct Kernels {
   bool (*linear_attention)(const LinearAttentionParams&, ParallelFor);
   bool (*linear_attention_backward)(const LinearAttentionBackwardParams&, ParallelFor);
   bool (*linear_attention_decode)(const LinearAttentionDecodeParams&, ParallelFor);
+  bool (*linear_attention_decode_deferred)(const LinearAttentionDecodeDeferredParams&, ParallelFor);
+  bool (*linear_attention_fold)(const LinearAttentionFoldParams&, ParallelFor);
   bool (*sliding_window_attention)(const SlidingWindowParams&, ParallelFor);
   bool (*sliding_window_attention_backward)(const SlidingWindowBackwardParams&, ParallelFor);
   bool (*sliding_window_decode)(const SlidingWindowDecodeParams&, ParallelFor);

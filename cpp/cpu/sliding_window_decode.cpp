@@ -1,4 +1,5 @@
-// Sliding-window attention, one token. One task is one (row, head): k and v go into the ring, then
+// Sliding-window attention, one token. One task is one (row, head): q and k are rotated where the
+// call has angles and rounded to their dtype, k and v go into the ring, then
 // the keys the ring holds stream through in blocks with an online softmax. Slots fill up in order,
 // so those present are always the first ones; their order does not matter.
 #include <cfloat>
@@ -23,6 +24,20 @@ struct Buffers {
   }
 };
 
+// x <- x rotated by the angles of row b, dim j < R with dim j + R.
+template <class T>
+void rotate(T* x, const TensorView& cos, const TensorView& sin, int64_t b) {
+  if (cos.rank < 0) return;
+  const T* c = static_cast<const T*>(cos.data) + b * cos.stride[0];
+  const T* s = static_cast<const T*>(sin.data) + b * sin.stride[0];
+  const int64_t R = cos.size[1];
+  for (int64_t j = 0; j < R; ++j) {
+    const T x1 = x[j], x2 = x[j + R];
+    x[j] = x1 * c[j] - x2 * s[j];
+    x[j + R] = x2 * c[j] + x1 * s[j];
+  }
+}
+
 template <class T>
 bool decode(const SlidingWindowDecodeParams& p, ParallelFor parallel) {
   constexpr int L = kLanes<T>;
@@ -38,13 +53,15 @@ bool decode(const SlidingWindowDecodeParams& p, ParallelFor parallel) {
     if (slot < 0) return store(p.out.data, p.out.dtype, offset(p.out), s.out, V);
 
     const int64_t position = load_index(p.positions, b), present = min_of(position, W - 1) + 1;
-    const auto insert = [&](const TensorView& view, const TensorView& ring) {
-      load(s.rows, view.data, view.dtype, offset(view), V);
-      store_rows(ring, slot, position % W, 1, h, s.rows, Vp);
-    };
-    insert(p.k, p.k_cache);
-    insert(p.v, p.v_cache);
+    load(s.rows, p.v.data, p.v.dtype, offset(p.v), V);
+    store_rows(p.v_cache, slot, position % W, 1, h, s.rows, Vp);
+    load(s.rows, p.k.data, p.k.dtype, offset(p.k), V);
+    rotate(s.rows, p.cos, p.sin, b);
+    store_rows(p.k_cache, slot, position % W, 1, h, s.rows, Vp);
     load(s.q, p.q.data, p.q.dtype, offset(p.q), V);
+    rotate(s.q, p.cos, p.sin, b);
+    store(s.rows, p.q.dtype, 0, s.q, V);  // rounded like k
+    load(s.q, s.rows, p.q.dtype, 0, V);
     for (int64_t i = 0; i < V; ++i) s.q[i] *= T(p.scale);
 
     T max = T(-FLT_MAX), sum = 0;

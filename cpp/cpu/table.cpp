@@ -11,6 +11,8 @@ bool taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, Parallel
 bool linear_attention(const LinearAttentionParams&, ParallelFor);
 bool linear_attention_backward(const LinearAttentionBackwardParams&, ParallelFor);
 bool linear_attention_decode(const LinearAttentionDecodeParams&, ParallelFor);
+bool linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParams&, ParallelFor);
+bool linear_attention_fold(const LinearAttentionFoldParams&, ParallelFor);
 bool sliding_window_attention(const SlidingWindowParams&, ParallelFor);
 bool sliding_window_attention_backward(const SlidingWindowBackwardParams&, ParallelFor);
 bool sliding_window_decode(const SlidingWindowDecodeParams&, ParallelFor);
@@ -18,11 +20,19 @@ bool short_conv(const ShortConvParams&, ParallelFor);
 bool short_conv_backward(const ShortConvBackwardParams&, ParallelFor);
 bool short_conv_decode(const ShortConvDecodeParams&, ParallelFor);
 
-extern const Kernels kKernels = {BASED_STRING(BASED_ISA),     taylor_feature_map,
-                                 taylor_feature_map_backward, linear_attention,
-                                 linear_attention_backward,   linear_attention_decode,
-                                 sliding_window_attention,    sliding_window_attention_backward,
-                                 sliding_window_decode,       short_conv,
-                                 short_conv_backward,         short_conv_decode};
+extern const Kernels kKernels = {BASED_STRING(BASED_ISA),
+                                 taylor_feature_map,
+                                 taylor_feature_map_backward,
+                                 linear_attention,
+                                 linear_attention_backward,
+                                 linear_attention_decode,
+                                 linear_attention_decode_deferred,
+                                 linear_attention_fold,
+                                 sliding_window_attention,
+                                 sliding_window_attention_backward,
+                                 sliding_window_decode,
+                                 short_conv,
+                                 short_conv_backward,
+                                 short_conv_decode};
 
 }  // namespace based::cpu::BASED_ISA

@@ -15,6 +15,8 @@ inline constexpr std::array kCudaOps = {
     "taylor_feature_map",
     "taylor_feature_map_backward",
     "linear_attention_decode",
+    "linear_attention_decode_deferred",
+    "linear_attention_fold",
     "sliding_window_decode",
 };
 template <>
@@ -26,6 +28,12 @@ inline constexpr CudaOp<TaylorFeatureMapBackwardParams> kCudaOp<TaylorFeatureMap
 template <>
 inline constexpr CudaOp<LinearAttentionDecodeParams> kCudaOp<LinearAttentionDecodeParams> = {
     cuda::linear_attention_decode};
+template <>
+inline constexpr CudaOp<LinearAttentionDecodeDeferredParams>
+    kCudaOp<LinearAttentionDecodeDeferredParams> = {cuda::linear_attention_decode_deferred};
+template <>
+inline constexpr CudaOp<LinearAttentionFoldParams> kCudaOp<LinearAttentionFoldParams> = {
+    cuda::linear_attention_fold};
 template <>
 inline constexpr CudaOp<SlidingWindowDecodeParams> kCudaOp<SlidingWindowDecodeParams> = {
     cuda::sliding_window_decode};

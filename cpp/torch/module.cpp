@@ -1,7 +1,10 @@
 // based_ops._C: importing it registers the torch ops; it exposes what is not an op.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "based/ops.h"
+#include "checks.h"
 #include "cuda_ops.h"
 
 namespace py = pybind11;
@@ -22,4 +25,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
+  m.def("set_checks",
+        [](bool enabled) { return std::exchange(based::binding::checks_enabled(), enabled); });
 }

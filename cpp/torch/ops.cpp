@@ -3,11 +3,13 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "cuda_ops.h"
-#include "validate.h"
 
 namespace based::binding {
 
@@ -35,7 +37,31 @@ void raise_no_cuda(const char* op) {
                            "), got CUDA tensors");
 }
 
+bool& checks_enabled() {
+  static bool enabled = [] {
+    const char* value = std::getenv("BASED_CHECKS");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return enabled;
+}
+
 namespace {
+
+// Runs an op on the device of `first`.
+template <class Params>
+void run(const char* op, const Tensor& first, const Params& params, CpuOp<Params> cpu_op) {
+  if (first.is_cpu()) return raise_unless_ok(cpu_op(params, torch_parallel_for()));
+  constexpr CudaOp<Params> cuda_op = kCudaOp<Params>;
+  if (cuda_op.run == nullptr) raise_no_cuda(op);
+  const int device = first.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  if (checks_enabled()) check_indices_on_host(params);
+  const int64_t bytes = cuda_op.workspace_size == nullptr ? 0 : cuda_op.workspace_size(params);
+  std::optional<Tensor> workspace;
+  if (bytes > 0) workspace = empty(first, {bytes}, ScalarType::Byte);
+  raise_unless_ok(
+      cuda_op.run(params, bytes > 0 ? workspace->data_ptr() : nullptr, current_stream(device)));
+}
 
 // Size i of a tensor, 0 when it has no such dimension: the op's own check then reports the shape.
 int64_t size_of(const Tensor& tensor, int64_t i) { return i < tensor.dim() ? tensor.size(i) : 0; }
@@ -134,6 +160,31 @@ Tensor linear_attention_decode(const Tensor& q, const Tensor& k, const Tensor& v
   return out;
 }
 
+Tensor linear_attention_decode_deferred(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        Tensor kv_state, Tensor k_state, Tensor pending_k,
+                                        Tensor pending_v, const Tensor& fill,
+                                        const OptionalTensor& state_indices, double scale,
+                                        bool normalize) {
+  const Tensor out = fresh_like(v);
+  LinearAttentionDecodeDeferredParams p;
+  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
+  p.kv_state = view(kv_state), p.k_state = view(k_state), p.state_indices = view(state_indices);
+  p.pending_k = view(pending_k), p.pending_v = view(pending_v), p.fill = view(fill);
+  p.scale = scale, p.normalize = normalize;
+  run("linear_attention_decode_deferred", q, p, cpu::linear_attention_decode_deferred);
+  return out;
+}
+
+void linear_attention_fold(Tensor kv_state, Tensor k_state, const Tensor& pending_k,
+                           const Tensor& pending_v, const Tensor& fill,
+                           const OptionalTensor& state_indices, double scale) {
+  LinearAttentionFoldParams p;
+  p.kv_state = view(kv_state), p.k_state = view(k_state), p.state_indices = view(state_indices);
+  p.pending_k = view(pending_k), p.pending_v = view(pending_v), p.fill = view(fill);
+  p.scale = scale;
+  run("linear_attention_fold", pending_k, p, cpu::linear_attention_fold);
+}
+
 // ---- sliding_window ----------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention(
@@ -184,12 +235,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention_back
 
 Tensor sliding_window_decode(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache,
                              Tensor v_cache, const Tensor& positions,
-                             const OptionalTensor& state_indices, double scale) {
+                             const OptionalTensor& state_indices, const OptionalTensor& cos,
+                             const OptionalTensor& sin, double scale) {
   const Tensor out = fresh_like(q);
   SlidingWindowDecodeParams p;
   p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
   p.k_cache = view(k_cache), p.v_cache = view(v_cache), p.positions = view(positions);
-  p.state_indices = view(state_indices), p.scale = scale;
+  p.state_indices = view(state_indices), p.cos = view(cos), p.sin = view(sin), p.scale = scale;
   run<SlidingWindowDecodeParams>("sliding_window_decode", q, p, cpu::sliding_window_decode);
   return out;
 }
@@ -258,6 +310,8 @@ void register_implementations(torch::stable::detail::StableLibrary& m) {
   m.impl("linear_attention", TORCH_BOX(&linear_attention));
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward));
   m.impl("linear_attention_decode", TORCH_BOX(&linear_attention_decode));
+  m.impl("linear_attention_decode_deferred", TORCH_BOX(&linear_attention_decode_deferred));
+  m.impl("linear_attention_fold", TORCH_BOX(&linear_attention_fold));
   m.impl("sliding_window_attention", TORCH_BOX(&sliding_window_attention));
   m.impl("sliding_window_attention_backward", TORCH_BOX(&sliding_window_attention_backward));
   m.impl("sliding_window_decode", TORCH_BOX(&sliding_window_decode));
@@ -284,6 +338,13 @@ STABLE_TORCH_LIBRARY(based_ops, m) {
       "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) kv_state, "
       "Tensor(b!) k_state, Tensor? state_indices, float scale, bool normalize) -> Tensor");
   m.def(
+      "linear_attention_decode_deferred(Tensor q, Tensor k, Tensor v, Tensor(a!) kv_state, "
+      "Tensor(b!) k_state, Tensor(c!) pending_k, Tensor(d!) pending_v, Tensor fill, "
+      "Tensor? state_indices, float scale, bool normalize) -> Tensor");
+  m.def(
+      "linear_attention_fold(Tensor(a!) kv_state, Tensor(b!) k_state, Tensor pending_k, "
+      "Tensor pending_v, Tensor fill, Tensor? state_indices, float scale) -> ()");
+  m.def(
       "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? k_cache, Tensor? v_cache, "
       "Tensor? positions, Tensor? cu_seqlens, int window, float scale, bool output_final_state) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -294,7 +355,8 @@ STABLE_TORCH_LIBRARY(based_ops, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sliding_window_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, Tensor positions, Tensor? state_indices, float scale) -> Tensor");
+      "Tensor(b!) v_cache, Tensor positions, Tensor? state_indices, Tensor? cos, Tensor? sin, "
+      "float scale) -> Tensor");
   m.def(
       "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, Tensor? initial_state, "
       "Tensor? cu_seqlens, bool silu, bool output_final_state) -> (Tensor, Tensor)");

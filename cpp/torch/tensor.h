@@ -121,19 +121,4 @@ struct CudaOp {
 template <class Params>
 inline constexpr CudaOp<Params> kCudaOp = {};
 
-// Runs an op on the device of `first`.
-template <class Params>
-void run(const char* op, const Tensor& first, const Params& params, CpuOp<Params> cpu_op) {
-  if (first.is_cpu()) return raise_unless_ok(cpu_op(params, torch_parallel_for()));
-  constexpr CudaOp<Params> cuda_op = kCudaOp<Params>;
-  if (cuda_op.run == nullptr) raise_no_cuda(op);
-  const int device = first.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const int64_t bytes = cuda_op.workspace_size == nullptr ? 0 : cuda_op.workspace_size(params);
-  std::optional<Tensor> workspace;
-  if (bytes > 0) workspace = empty(first, {bytes}, ScalarType::Byte);
-  raise_unless_ok(
-      cuda_op.run(params, bytes > 0 ? workspace->data_ptr() : nullptr, current_stream(device)));
-}
-
 }  // namespace based::binding

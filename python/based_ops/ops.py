@@ -162,6 +162,85 @@ def linear_attention_decode(
     return _ops.linear_attention_decode(q, k, v, kv_state, k_state, state_indices, scale, normalize)
 
 
+def linear_attention_decode_deferred(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_state: Tensor,
+    k_state: Tensor,
+    pending_k: Tensor,
+    pending_v: Tensor,
+    fill: Tensor,
+    *,
+    scale: float | None = None,
+    normalize: bool = True,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """`linear_attention_decode` that writes the state in every C-th step only.
+
+    A row's last tokens wait in its ring; the state and the ring together are what the plain form
+    keeps in the state. A step reads both. With fill + 1 < C it writes the token at place fill of
+    the ring; with fill + 1 = C it adds all C tokens to the state in place, and the ring is empty.
+    The caller then advances: fill = (fill + 1) % C. A new state has fill 0 and any ring.
+
+    Args:
+        q, k: (B, H, D); v: (B, H, V).
+        kv_state, k_state: as in `linear_attention_decode`, updated in place.
+        pending_k: (slots, C, H, D) and pending_v: (slots, C, H, V) in q's dtype, C >= 1 (16 reads
+            and writes least; at most 64 on CUDA), updated in place. slots = B without
+            `state_indices`.
+        fill: (B,) int32 or int64, tokens that wait in each row's ring before this one, 0 ... C-1.
+            Rows may differ. It is read, not advanced: the layers of a model share it.
+        scale: > 0, default D ** -0.5; the same in every step.
+        normalize: False drops the denominator.
+        state_indices: (B,) slot of each row, -1 skips it.
+
+    Returns:
+        out (B, H, V) in v's dtype.
+
+    Raises:
+        RuntimeError: on mismatched arguments, a slot out of range or used twice, fill outside
+            0 ... C-1, or when grad is enabled and an input requires it.
+    """
+    op = "linear_attention_decode_deferred"
+    _forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
+    _forbid_grad(op, pending_k=pending_k, pending_v=pending_v)
+    q, k, v = _autocast(q, k, v)
+    scale = _default_scale(q) if scale is None else scale
+    return _ops.linear_attention_decode_deferred(
+        q, k, v, kv_state, k_state, pending_k, pending_v, fill, state_indices, scale, normalize
+    )
+
+
+def linear_attention_fold(
+    kv_state: Tensor,
+    k_state: Tensor,
+    pending_k: Tensor,
+    pending_v: Tensor,
+    fill: Tensor,
+    *,
+    scale: float | None = None,
+    state_indices: Tensor | None = None,
+) -> None:
+    """Adds the tokens that wait in the rings to the states, which are then those of the plain form.
+
+    The caller sets fill to 0 afterwards.
+
+    Args:
+        kv_state, k_state, pending_k, pending_v, fill, state_indices: as in
+            `linear_attention_decode_deferred`; the states are updated in place.
+        scale: the one the tokens were decoded with, default D ** -0.5.
+
+    Raises:
+        RuntimeError: on mismatched arguments, a slot out of range or used twice, fill outside
+            0 ... C-1, or when grad is enabled and an input requires it.
+    """
+    op = "linear_attention_fold"
+    _forbid_grad(op, kv_state=kv_state, k_state=k_state, pending_k=pending_k, pending_v=pending_v)
+    scale = _default_scale(pending_k) if scale is None else scale
+    _ops.linear_attention_fold(kv_state, k_state, pending_k, pending_v, fill, state_indices, scale)
+
+
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -217,6 +296,7 @@ def sliding_window_decode(
     *,
     scale: float | None = None,
     state_indices: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One token of `sliding_window_attention` per row: writes k and v into the ring, then attends.
 
@@ -228,6 +308,9 @@ def sliding_window_decode(
             advanced: the layers of a model share it, and the caller adds 1 after the step.
         scale: > 0, default V ** -0.5.
         state_indices: (B,) slot of each row, -1 skips it.
+        rotary: (cos, sin), each (B, R) with 2 R <= V, float32 (float64 for float64 q): q and k are
+            rotated by these angles first, dim j < R together with dim j + R, and rounded to their
+            dtype. What goes into the ring is the rotated key.
 
     Returns:
         out (B, H, V) in q's dtype.
@@ -240,7 +323,10 @@ def sliding_window_decode(
     _forbid_grad(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     q, k, v = _autocast(q, k, v)
     scale = _default_scale(q) if scale is None else scale
-    return _ops.sliding_window_decode(q, k, v, k_cache, v_cache, positions, state_indices, scale)
+    cos, sin = (None, None) if rotary is None else rotary
+    return _ops.sliding_window_decode(
+        q, k, v, k_cache, v_cache, positions, state_indices, cos, sin, scale
+    )
 
 
 def short_conv(

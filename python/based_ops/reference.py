@@ -97,6 +97,58 @@ def linear_attention_decode(
     return _scatter_rows(v, rows, out)
 
 
+@torch.no_grad()
+def linear_attention_decode_deferred(
+    q,
+    k,
+    v,
+    kv_state,
+    k_state,
+    pending_k,
+    pending_v,
+    fill,
+    *,
+    scale=None,
+    normalize=True,
+    state_indices=None,
+):
+    """linear_attention_decode whose state takes in its tokens C at a time.
+
+    pending_k (slots, C, H, D), pending_v (slots, C, H, V): the tokens that wait, fill (B,) of them
+    in each row before this one. Rings and states are updated in place, fill is not.
+    """
+    rows, slots = _active(q, state_indices)
+    places = fill[rows].long()
+    pending_k[slots, places] = k[rows]
+    pending_v[slots, places] = v[rows]
+    state = [x.clone() for x in (kv_state, k_state)]  # the plain form before this token
+    linear_attention_fold(
+        *state, pending_k, pending_v, fill, scale=scale, state_indices=state_indices
+    )
+    out = linear_attention_decode(
+        q, k, v, *state, scale=scale, normalize=normalize, state_indices=state_indices
+    )
+    full = slots[places + 1 == pending_k.shape[1]]
+    kv_state[full] = state[0][full]
+    k_state[full] = state[1][full]
+    return out
+
+
+@torch.no_grad()
+def linear_attention_fold(
+    kv_state, k_state, pending_k, pending_v, fill, *, scale=None, state_indices=None
+):
+    """Adds the first fill[b] tokens of each row's ring to its state, in place."""
+    rows, slots = _active(fill, state_indices)
+    waits = torch.arange(pending_k.shape[1], device=fill.device) < fill[rows, None]
+    k_map = _taylor(_widen(pending_k[slots]), scale)
+    k_map, values = (
+        torch.where(waits[..., None, None], x, 0) for x in (k_map, _widen(pending_v[slots]))
+    )
+    kv_state[slots] += torch.einsum("nchf,nchv->nhfv", k_map, values)
+    k_state[slots] += k_map.sum(1)
+
+
 def sliding_window_attention(
     q,
     k,
@@ -152,12 +204,17 @@ def sliding_window_attention(
 
 
 @torch.no_grad()
-def sliding_window_decode(q, k, v, k_cache, v_cache, positions, *, scale=None, state_indices=None):
+def sliding_window_decode(
+    q, k, v, k_cache, v_cache, positions, *, scale=None, state_indices=None, rotary=None
+):
     """One token of sliding_window_attention; the rings are updated in place, positions is not.
 
     q, k, v (B, H, V) -> out (B, H, V). k_cache, v_cache (slots, W, H, V). positions (B,): tokens
-    each row has seen before this one. state_indices as in linear_attention_decode.
+    each row has seen before this one. state_indices as in linear_attention_decode. rotary: (cos,
+    sin), each (B, R): q and k are rotated first, dim j < R together with dim j + R.
     """
+    if rotary is not None:
+        q, k = (_rotate(x, *rotary) for x in (q, k))
     rows, slots = _active(q, state_indices)
     out, (new_k, new_v, _) = sliding_window_attention(
         q[rows, None],
@@ -240,6 +297,14 @@ def _widen(x):
 
 def _scale(scale, dim):
     return dim**-0.5 if scale is None else scale
+
+
+def _rotate(x, cos, sin):
+    """x (B, H, V) by cos and sin (B, R): dim j < R together with dim j + R."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    x1, x2, rest = _widen(x).split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).to(x.dtype)
 
 
 def _taylor(x, scale):

@@ -1,4 +1,4 @@
-"""What the three decode ops share: slots, skipped rows, in-place states, no autograd."""
+"""What the decode ops share: slots, skipped rows, in-place states, no autograd."""
 
 import pytest
 import torch
@@ -8,6 +8,12 @@ import oracle
 from support import assert_close, devices_and_dtypes, fused, randn, state_dtype
 
 SLOTS, HEADS, WIDTH, FEATURES, WINDOW, TAPS = 7, 2, 5, 3, 4, 3
+OPS = (
+    "linear_attention_decode",
+    "linear_attention_decode_deferred",
+    "sliding_window_decode",
+    "short_conv_decode",
+)
 
 
 class Pool:
@@ -18,12 +24,16 @@ class Pool:
         self.op, self.device, self.dtype = op, device, dtype
         options = {"dtype": dtype, "device": device}
         self.fixed, self.tokens = {}, {}
-        if op == "linear_attention_decode":
+        if op.startswith("linear_attention"):
             history = randn(2, SLOTS, 6, HEADS, FEATURES)
             _, *state = oracle.linear_attention(*history, randn(SLOTS, 6, HEADS, WIDTH))
             state = [x.to(state_dtype(dtype)).to(device) for x in state]
             self.states = dict(zip(("kv_state", "k_state"), state))
             shapes = {"q": (HEADS, FEATURES), "k": (HEADS, FEATURES), "v": (HEADS, WIDTH)}
+            if op.endswith("deferred"):
+                self.states["pending_k"] = randn(SLOTS, WINDOW, HEADS, FEATURES, **options)
+                self.states["pending_v"] = randn(SLOTS, WINDOW, HEADS, WIDTH, **options)
+                self.tokens["fill"] = torch.tensor([3, 0, 2, 3, 1, 0, 2], device=device)
         elif op == "sliding_window_decode":
             rings = randn(2, SLOTS, WINDOW, HEADS, WIDTH, **options)
             self.states = dict(zip(("k_cache", "v_cache"), rings))
@@ -50,10 +60,9 @@ class Pool:
 
 
 def pytest_generate_tests(metafunc):
-    ops = ("linear_attention_decode", "sliding_window_decode", "short_conv_decode")
     cases = [
         pytest.param((op, device, dtype), id=f"{op}-{device}-{str(dtype).removeprefix('torch.')}")
-        for op in ops
+        for op in OPS
         for device, dtype in devices_and_dtypes(op)
     ]
     metafunc.parametrize("pool", cases, indirect=True)
@@ -76,6 +85,11 @@ def test_matches_definition(pool):
         sequence = [x[n][:, None].cpu() for n in "qkv"]
         initial = [s.cpu() for s in state.values()]
         expected, *after = oracle.linear_attention(*sequence, initial_state=initial)
+    elif pool.op == "linear_attention_decode_deferred":
+        expected, after = definition_with_pending(pool)
+        fill = (x["fill"] + 1) % WINDOW
+        based_ops.linear_attention_fold(*states.values(), fill)
+        states = dict(list(states.items())[:2])
     elif pool.op == "sliding_window_decode":
         sequence = [x[n][:, None].cpu() for n in "qkv"]
         initial = [s.cpu() for s in (*state.values(), x["positions"])]
@@ -92,6 +106,21 @@ def test_matches_definition(pool):
         expected, *after = oracle.short_conv(**arguments, activation="silu", initial_state=initial)
     assert out.dtype == pool.dtype
     assert_close([out, *states.values()], [expected[:, 0], *after], pool.dtype)
+
+
+def definition_with_pending(pool):
+    """out (SLOTS, 1, H, V) of one token after those that wait, and the states in the plain form."""
+    x, state = ({n: y.cpu() for n, y in z.items()} for z in (pool.tokens, pool.states))
+    results = []
+    for row, fill in enumerate(x["fill"]):
+        k, v = (torch.cat([state[f"pending_{n}"][row, :fill], x[n][row, None]])[None] for n in "kv")
+        q = torch.zeros_like(k)
+        q[0, -1] = x["q"][row]
+        initial = [state[n][row, None] for n in ("kv_state", "k_state")]
+        out, *after = oracle.linear_attention(q, k, v, initial_state=initial)
+        results.append((out[:, -1:], *after))
+    out, *after = (torch.cat(y) for y in zip(*results))
+    return out, after
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

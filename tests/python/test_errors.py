@@ -195,6 +195,11 @@ WINDOW_DECODE = [
     ({"positions": torch.tensor([3, -1])}, "positions", ">= 0", "-1 at index 1"),
     ({"positions": double}, "positions", "int32 or int64", "float64"),
     ({"scale": 0.0}, "scale", "> 0", "0"),
+    ({"rotary": (torch.ones(B, 4), torch.ones(B, 4))}, "cos", "2 R <= V", "8"),
+    ({"rotary": (torch.ones(B, 2), torch.ones(B, 3))}, "sin", "(2, 2)", "(2, 3)"),
+    ({"rotary": (torch.ones(3, 2), torch.ones(3, 2))}, "cos", "(2, *)", "(3, 2)"),
+    ({"rotary": (torch.ones(B, 2), torch.ones(B, 2).half())}, "sin", "float32", "float16"),
+    ({"rotary": (torch.ones(B, 2), None)}, "sin", "all tensors", "some"),
 ]
 CONV = [
     ({"x": lambda x: x[0]}, "x", "shape (B, T, C)", "(5, 7)"),

@@ -384,6 +384,27 @@ def test_decode_of_a_large_ring(window, device):
     assert_close([out, *rings], [expected[:, 0], *after], F32)
 
 
+@pytest.mark.ops("sliding_window_decode")
+@pytest.mark.parametrize("angles", [0, 1, 3, 5])
+def test_decode_rotates_q_and_k(angles, device, dtype):
+    """As if q and k had been rotated and rounded before the call."""
+    wide = F64 if dtype == F64 else F32
+    *rings, positions = make_state([9, 2, 4], 4, 2, 10, dtype, device)
+    q, k, v = (x[:, 0] for x in make(3, 1, 2, 10, dtype, device))
+    theta = randn(3, angles, dtype=wide, device=device)
+    cos, sin = theta.cos(), theta.sin()
+
+    def rotate(x):
+        a, b, rest = x.to(wide).split((angles, angles, 10 - 2 * angles), -1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.cat((a * c - b * s, b * c + a * s, rest), -1).to(dtype)
+
+    expected_rings = [x.clone() for x in rings]
+    expected = based_ops.sliding_window_decode(rotate(q), rotate(k), v, *expected_rings, positions)
+    out = based_ops.sliding_window_decode(q, k, v, *rings, positions, rotary=(cos, sin))
+    assert_close([out, *rings], [expected, *expected_rings], dtype)
+
+
 @pytest.mark.parametrize("window", [2, 3, 8])
 def test_gradients_of_large_values(window, device, dtype):
     """Values far from zero: dq and dk are small differences of <dout, v> and <dout, out>."""

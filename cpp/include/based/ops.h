@@ -11,6 +11,9 @@ Status taylor_feature_map_backward(const TaylorFeatureMapBackwardParams&, Parall
 Status linear_attention(const LinearAttentionParams&, ParallelFor = {});
 Status linear_attention_backward(const LinearAttentionBackwardParams&, ParallelFor = {});
 Status linear_attention_decode(const LinearAttentionDecodeParams&, ParallelFor = {});
+Status linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParams&,
+                                        ParallelFor = {});
+Status linear_attention_fold(const LinearAttentionFoldParams&, ParallelFor = {});
 Status sliding_window_attention(const SlidingWindowParams&, ParallelFor = {});
 Status sliding_window_attention_backward(const SlidingWindowBackwardParams&, ParallelFor = {});
 Status sliding_window_decode(const SlidingWindowDecodeParams&, ParallelFor = {});
@@ -37,6 +40,13 @@ int64_t linear_attention_workspace_size(const LinearAttentionParams&);
 Status linear_attention_backward(const LinearAttentionBackwardParams&, void* workspace, Stream);
 int64_t linear_attention_backward_workspace_size(const LinearAttentionBackwardParams&);
 Status linear_attention_decode(const LinearAttentionDecodeParams&, void* workspace, Stream);
+Status linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParams&, void* workspace,
+                                        Stream);
+Status linear_attention_fold(const LinearAttentionFoldParams&, void* workspace, Stream);
+Status sliding_window_attention(const SlidingWindowParams&, void* workspace, Stream);
+Status sliding_window_attention_backward(const SlidingWindowBackwardParams&, void* workspace,
+                                         Stream);
+int64_t sliding_window_attention_backward_workspace_size(const SlidingWindowBackwardParams&);
 Status sliding_window_decode(const SlidingWindowDecodeParams&, void* workspace, Stream);
 Status short_conv(const ShortConvParams&, void* workspace, Stream);
 int64_t short_conv_backward_workspace_size(const ShortConvBackwardParams&);

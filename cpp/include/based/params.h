@@ -60,6 +60,26 @@ struct LinearAttentionDecodeParams {
   bool normalize = true;
 };
 
+// Decode that writes the state every C-th token only: a row's last tokens wait in its ring of C, and
+// the state together with them is the row's state. With fill + 1 < C the token joins the ring at
+// place fill; with fill + 1 = C all C tokens go into the state, and the ring is empty.
+struct LinearAttentionDecodeDeferredParams : LinearAttentionDecodeParams {
+  TensorView pending_k;  // (slots, C, H, D)
+  TensorView pending_v;  // (slots, C, H, V)
+  TensorView fill;       // (B,): tokens that wait in the ring before this one, 0..C-1
+};
+
+// Adds the tokens that wait in the rings to the states: what they hold is then the plain form.
+struct LinearAttentionFoldParams {
+  TensorView kv_state;       // (slots, H, F, V)
+  TensorView k_state;        // (slots, H, F)
+  TensorView pending_k;      // (slots, C, H, D)
+  TensorView pending_v;      // (slots, C, H, V)
+  TensorView fill;           // (B,)
+  TensorView state_indices;  // optional (B,)
+  double scale = 1.0;
+};
+
 // softmax attention over the keys s with 0 <= t - s < window. The key of absolute position p lives
 // in slot p mod W of the ring; positions counts the tokens a sequence has seen.
 struct SlidingWindowParams {
@@ -88,6 +108,7 @@ struct SlidingWindowDecodeParams {
   TensorView k_cache, v_cache;  // (slots, W, H, V), updated in place
   TensorView positions;         // (B,): tokens the row has seen before this one
   TensorView state_indices;     // optional (B,)
+  TensorView cos, sin;          // optional (B, R): rotates q and k, dim j < R with dim j + R
   TensorView out;               // (B, H, V)
   double scale = 1.0;
 };

@@ -1,0 +1,138 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "based/ops.h"
+#include "linear_attention_decode/kernels.cuh"
+#include "primitives/dispatch.h"
+#include "primitives/vector.cuh"
+
+namespace based::cuda {
+namespace {
+
+template <class Params>
+void set_state(DecodeArgs& a, const Params& p) {
+  a.kv_state = static_cast<float*>(p.kv_state.data);
+  a.k_state = static_cast<float*>(p.k_state.data);
+  for (int i = 0; i < 3; ++i) a.kv_stride[i] = p.kv_state.stride[i];
+  for (int i = 0; i < 2; ++i) a.z_stride[i] = p.k_state.stride[i];
+  a.state_indices = index_vector(p.state_indices);
+  a.slots = p.kv_state.size[0], a.heads = p.kv_state.size[1];
+  a.F = static_cast<int>(p.kv_state.size[2]), a.V = static_cast<int>(p.kv_state.size[3]);
+  a.capacity = 1;
+  a.root = static_cast<float>(std::sqrt(p.scale)), a.scale = static_cast<float>(p.scale);
+}
+
+template <class Params>
+void set_pending(DecodeArgs& a, const Params& p) {
+  a.pending_k = p.pending_k.data, a.pending_v = p.pending_v.data;
+  for (int i = 0; i < 3; ++i) {
+    a.pending_k_stride[i] = p.pending_k.stride[i], a.pending_v_stride[i] = p.pending_v.stride[i];
+  }
+  a.fill = index_vector(p.fill);
+  a.capacity = static_cast<int>(std::min<int64_t>(p.pending_k.size[1], kDecodeMaxPending + 1));
+}
+
+void set_tokens(DecodeArgs& a, const LinearAttentionDecodeParams& p) {
+  a.q = p.q.data, a.k = p.k.data, a.v = p.v.data, a.out = p.out.data;
+  for (int i = 0; i < 2; ++i) {
+    a.q_stride[i] = p.q.stride[i], a.k_stride[i] = p.k.stride[i];
+    a.v_stride[i] = p.v.stride[i], a.out_stride[i] = p.out.stride[i];
+  }
+  a.D = static_cast<int>(p.q.size[2]);
+  a.normalize = p.normalize;
+}
+
+// What these kernels do not cover, and validate() lets pass.
+Status check_limits(const char* op, const DecodeArgs& a, int64_t blocks) {
+  if (blocks > INT32_MAX) {
+    return make_status(StatusCode::kUnsupported, "%s: q: expected B * H < 2^31, got %lld", op,
+                       static_cast<long long>(blocks));
+  }
+  if (a.D > kDecodeMaxFeatureDim) {
+    return make_status(StatusCode::kUnsupported,
+                       "%s: q: expected feature_dim <= %d on CUDA, got %d", op,
+                       kDecodeMaxFeatureDim, a.D);
+  }
+  if (a.capacity > kDecodeMaxPending) {
+    return make_status(StatusCode::kUnsupported,
+                       "%s: pending_k: expected C <= %d on CUDA, got more", op, kDecodeMaxPending);
+  }
+  return {};
+}
+
+// A block has as many rows of the state side by side as its threads allow.
+template <int kVec>
+void set_shape(DecodeArgs& a) {
+  a.columns = std::min((a.V + kVec - 1) / kVec, kDecodeThreads);
+  a.groups = std::min(kDecodeThreads / a.columns, kDecodeMaxGroups);
+}
+
+static_assert(4 * decode_shared_floats(expanded_dim(kDecodeMaxFeatureDim), kDecodeMaxFeatureDim,
+                                       kDecodeMaxPending, kDecodeThreads / kDecodeMaxGroups,
+                                       kDecodeVector, kDecodeMaxGroups, true) <=
+                  48 * 1024,
+              "what a block gets without asking");
+
+template <bool kDeferred>
+Status launch(const char* op, const LinearAttentionDecodeParams& p, DecodeArgs a, Stream stream) {
+  const int64_t blocks = p.q.size[0] * a.heads;
+  const Status status = check_limits(op, a, blocks);
+  if (!status.ok() || blocks == 0) return status;
+  const bool aligned = rows_are_vectors(p.kv_state, kDecodeVector, sizeof(float));
+  return dispatch_element(op, p.q.dtype, [&](auto type) {
+    using Element = typename decltype(type)::type;
+    const auto run = [&](auto vec) {
+      constexpr int kVec = decltype(vec)::value;
+      set_shape<kVec>(a);
+      const int threads = (a.columns * a.groups + 31) / 32 * 32;
+      const int shared =
+          4 * decode_shared_floats(a.F, a.D, a.capacity, a.columns, kVec, a.groups, kDeferred);
+      linear_attention_decode_kernel<Element, kVec, kDeferred>
+          <<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
+              a);
+      return launch_status(op);
+    };
+    return aligned ? run(std::integral_constant<int, kDecodeVector>{})
+                   : run(std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace
+
+Status linear_attention_decode(const LinearAttentionDecodeParams& p, void*, Stream stream) {
+  const Status status = validate(p);
+  if (!status.ok()) return status;
+  DecodeArgs a{};
+  set_state(a, p), set_tokens(a, p);
+  return launch<false>("linear_attention_decode", p, a, stream);
+}
+
+Status linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParams& p, void*,
+                                        Stream stream) {
+  const Status status = validate(p);
+  if (!status.ok()) return status;
+  DecodeArgs a{};
+  set_state(a, p), set_tokens(a, p), set_pending(a, p);
+  return launch<true>("linear_attention_decode_deferred", p, a, stream);
+}
+
+Status linear_attention_fold(const LinearAttentionFoldParams& p, void*, Stream stream) {
+  const char* op = "linear_attention_fold";
+  Status status = validate(p);
+  if (!status.ok()) return status;
+  DecodeArgs a{};
+  set_state(a, p), set_pending(a, p);
+  a.D = static_cast<int>(p.pending_k.size[3]);
+  const int64_t blocks = p.fill.size[0] * a.heads;
+  status = check_limits(op, a, blocks);
+  if (!status.ok() || blocks == 0) return status;
+  return dispatch_element(op, p.pending_k.dtype, [&](auto type) {
+    linear_attention_fold_kernel<typename decltype(type)::type>
+        <<<static_cast<unsigned>(blocks), kDecodeThreads, sizeof(float) * a.capacity * a.D,
+           static_cast<cudaStream_t>(stream)>>>(a);
+    return launch_status(op);
+  });
+}
+
+}  // namespace based::cuda
