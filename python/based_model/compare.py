@@ -5,6 +5,7 @@ python -m based_model.train --preset based-cpu --out runs/based
 python -m based_model.compare runs/transformer runs/based
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -46,18 +47,20 @@ def compare(config: CompareConfig) -> list[dict]:
                     f"{row['run']}: {name}: expected that of {rows[0]['run']}, "
                     f"{rows[0][name]}, got {row[name]}"
                 )
-    unit = "bits per byte" if all("valid_bits_per_byte" in row for row in rows) else "nats"
-    key = "valid_bits_per_byte" if unit == "bits per byte" else "valid_loss"
+    in_bits = all("valid_bits_per_byte" in row for row in rows)
+    key, unit = ("valid_bits_per_byte", "bits/byte") if in_bits else ("valid_loss", "nats/token")
     print(
-        f"{'run':24} {'preset':24} {'parameters':>13} {'held-out ' + unit:>22} {'difference':>10}"
+        f"{'run':24} {'preset':20} {'parameters':>13} {'held-out ' + unit:>20} {'difference':>11}"
     )
     for row in rows:
-        difference = row[key] - rows[0][key]
         print(
-            f"{str(row['run']):24} {row['preset']:24} {row['parameters']:13,} {row[key]:22.4f} "
-            f"{difference:+10.4f}"
+            f"{str(row['run']):24} {row['preset']:20} {row['parameters']:13,} {row[key]:20.4f} "
+            f"{row[key] - rows[0][key]:+11.4f}"
         )
-    plot_runs(list(config.runs), config.out)
+    bytes_per_token = None
+    if in_bits:
+        bytes_per_token = rows[0]["valid_loss"] / math.log(2) / rows[0][key]
+    plot_runs(list(config.runs), config.out, bytes_per_token)
     print(f"loss curves: {config.out}")
     return rows
 

@@ -7,6 +7,7 @@ The memory in use does not grow with the length of the output, attention layers 
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,9 @@ class GenerateConfig(Sampling):
     max_new_tokens: int = 500
     # Same seed, same text.
     seed: int = 0
+    # Tokens between two lines on standard error about the size of the state and the time per
+    # token; 0 prints none.
+    report_every: int = 0
     # Where to write the state after the prompts, to continue from another time.
     save_state: Path | None = None
     # A state to start from instead of an empty one; the prompts follow what it has read.
@@ -74,6 +78,8 @@ class GenerateConfig(Sampling):
         super().__post_init__()
         if self.max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens: expected >= 0, got {self.max_new_tokens}")
+        if self.report_every < 0:
+            raise ConfigError(f"report_every: expected >= 0, got {self.report_every}")
         if self.samples < 1:
             raise ConfigError(f"samples: expected >= 1, got {self.samples}")
 
@@ -236,6 +242,8 @@ def _print_texts(
     prefix: Prefix,
 ):
     steps = continue_text(model, text, prefix, config.max_new_tokens, config, config.seed)
+    if config.report_every:
+        steps = _with_reports(steps, prefix, config.report_every)
     if len(prefix) == 1:
         print(prompts[0], end="", flush=True)
         for (piece,) in steps:
@@ -248,6 +256,19 @@ def _print_texts(
         if copy == 0:
             print(f"===== prompt {prompt + 1}\n{prompts[prompt]}")
         print(f"----- continuation {copy + 1}\n{continuation}")
+
+
+def _with_reports(steps: Iterator[list[str]], prefix: Prefix, every: int) -> Iterator[list[str]]:
+    """steps as they are, with the state's size and the time per token on standard error."""
+    started = time.perf_counter()
+    for i, pieces in enumerate(steps, 1):
+        yield pieces
+        if i % every == 0:
+            now = time.perf_counter()
+            ms = 1e3 * (now - started) / every
+            size = f"{prefix.state.nbytes():,} bytes of state"
+            print(f"\n[{i} tokens: {size}, {ms:.2f} ms per token]", file=sys.stderr)
+            started = now
 
 
 def main():

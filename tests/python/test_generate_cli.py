@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -50,6 +51,14 @@ def test_cli_streams_one_prompt_and_is_seeded(cli):
     assert cli("--prompt", "def f", "--max-new-tokens", 0)[0] == ""
     assert cli(stdin="unread")[0] == cli("--prompt", "")[0]
     assert cli("--prompt", "-", stdin=b"\xff\xfe")[0].startswith("\ufffd\ufffd")
+
+
+def test_cli_reports_the_state_and_the_time(cli):
+    out, err = cli("--prompt", "def f", "--report-every", 5)
+    assert out == cli("--prompt", "def f")[0]
+    size = f"{tiny_model().state_size(1):,} bytes of state"
+    reports = re.findall(r"\[(\d+) tokens: (.*), \d+\.\d+ ms per token\]", err)
+    assert reports == [("5", size), ("10", size)]
 
 
 def test_cli_prints_several_prompts_one_under_the_other(cli, tmp_path):
