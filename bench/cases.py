@@ -23,35 +23,40 @@ def linear_attention(
     dtype,
     device,
     others,
-    targets=None,
-    backward=False,
+    work="forward",
+    queries=None,
+    **targets,
 ):
+    """queries: the tokens whose output is checked, in a forward too long to check all of it."""
+
     def inputs(generator):
         draw = _normal(generator, dtype, device)
         q, k = (draw(batch, seqlen, nheads, feature_dim) for _ in range(2))
-        v, dout = (draw(batch, seqlen, nheads, head_dim) for _ in range(2))
-        return (q, k, v, dout) if backward else (q, k, v)
+        count = 1 if work == "forward" else 2  # v, then dout
+        return q, k, *(draw(batch, seqlen, nheads, head_dim) for _ in range(count))
 
     # F x (V+1) products per token and head: update the state and read it. Backward reads it again
     # for dq and holds the state's gradient, which is updated, and read for dk and for dv.
-    products = 6 if backward else 2
+    products = {"forward": 2, "backward": 4, "forward+backward": 6}[work]
     tokens = batch * seqlen * nheads
+    expected = partial(oracle.attention, oracle.taylor_weights, queries=queries)
     return Case(
         "linear_attention",
-        _work(backward),
+        work,
         f"B{batch} T{seqlen} H{nheads} D{feature_dim} V{head_dim}",
         dtype,
         inputs,
-        partial(oracle.attention, oracle.taylor_weights),
-        _implementations(backward, Implementation(OURS, based_ops.linear_attention), others),
-        bytes=_bytes(tokens * (2 * feature_dim + head_dim), tokens * head_dim, dtype, backward),
+        _on_corner_heads(expected, device),
+        _implementations(work, Implementation(OURS, based_ops.linear_attention), others),
+        bytes=_bytes(tokens * (2 * feature_dim + head_dim), tokens * head_dim, dtype, work),
         flops=tokens * products * 2 * _expanded(feature_dim) * (head_dim + 1),
-        targets=targets or {},
+        sample=_corner_heads(device, queries),
+        **targets,
     )
 
 
 def linear_attention_decode(
-    batch, nheads, feature_dim, head_dim, dtype, device, others, targets=None, input_sets=None
+    batch, nheads, feature_dim, head_dim, dtype, device, others, input_sets=None, **targets
 ):
     def inputs(generator):
         draw = _normal(generator, dtype, device)
@@ -73,39 +78,43 @@ def linear_attention_decode(
         [in_place(OURS, based_ops.linear_attention_decode, 3, 4), *others],
         bytes=rows * 2 * (state * 4 + (feature_dim + head_dim) * dtype.itemsize),
         flops=rows * 4 * state,
-        targets=targets or {},
         input_sets=input_sets,
+        **targets,
     )
 
 
 def sliding_window_attention(
-    batch, nheads, seqlen, head_dim, window, dtype, device, others, targets=None, backward=False
+    batch, nheads, seqlen, head_dim, window, dtype, device, others, work="forward", **targets
 ):
     def inputs(generator):
         draw = _normal(generator, dtype, device)
-        return tuple(draw(batch, seqlen, nheads, head_dim) for _ in range(4 if backward else 3))
+        count = 3 if work == "forward" else 4
+        return tuple(draw(batch, seqlen, nheads, head_dim) for _ in range(count))
 
     def ours(q, k, v):
         return based_ops.sliding_window_attention(q, k, v, window)
 
     rows = batch * nheads
     pairs = rows * (seqlen * window - window * (window - 1) // 2)
-    products = 6 if backward else 2  # scores and output; then dv, dw, dq and dk
+    # Scores and output; then dv, dw, dq and dk.
+    products = {"forward": 2, "backward": 4, "forward+backward": 6}[work]
+    expected = partial(oracle.attention, oracle.softmax_weights, window=window)
     return Case(
         "sliding_window_attention",
-        _work(backward),
+        work,
         f"B{batch} T{seqlen} H{nheads} V{head_dim} W{window}",
         dtype,
         inputs,
-        partial(oracle.attention, oracle.softmax_weights, window=window),
-        _implementations(backward, Implementation(OURS, ours), others),
-        bytes=_bytes(3 * rows * seqlen * head_dim, rows * seqlen * head_dim, dtype, backward),
+        _on_corner_heads(expected, device),
+        _implementations(work, Implementation(OURS, ours), others),
+        bytes=_bytes(3 * rows * seqlen * head_dim, rows * seqlen * head_dim, dtype, work),
         flops=pairs * products * 2 * head_dim,
-        targets=targets or {},
+        sample=_corner_heads(device),
+        **targets,
     )
 
 
-def sliding_window_decode(batch, nheads, head_dim, window, dtype, device, others):
+def sliding_window_decode(batch, nheads, head_dim, window, dtype, device, others, **targets):
     def inputs(generator):
         draw = _normal(generator, dtype, device)
         q, k, v = (draw(batch, nheads, head_dim) for _ in range(3))
@@ -124,15 +133,22 @@ def sliding_window_decode(batch, nheads, head_dim, window, dtype, device, others
         [in_place(OURS, based_ops.sliding_window_decode, 3, 4), *others],
         bytes=rows * head_dim * (2 * window + 4) * dtype.itemsize,
         flops=rows * 4 * window * head_dim,
+        **targets,
     )
 
 
-def short_conv(batch, seqlen, channels, taps, dtype, device, others, targets=None, backward=False):
+def short_conv(
+    batch, seqlen, channels, taps, dtype, device, others, halves=False, work="forward", **targets
+):
+    """halves: x and gate are those of one tensor, as a projection in a model gives them."""
+
     def inputs(generator):
         draw = _normal(generator, dtype, device)
         x, gate, dout = (draw(batch, seqlen, channels) for _ in range(3))
+        if halves:
+            x, gate = torch.cat([x, gate], -1).chunk(2, -1)
         weight = draw(channels, taps)
-        return (x, weight, gate, dout) if backward else (x, weight, gate)
+        return (x, weight, gate) if work == "forward" else (x, weight, gate, dout)
 
     def run(module, x, weight, gate):
         return module.short_conv(x, weight, activation="silu", gate=gate)
@@ -140,19 +156,19 @@ def short_conv(batch, seqlen, channels, taps, dtype, device, others, targets=Non
     elements = batch * seqlen * channels
     return Case(
         "short_conv",
-        _work(backward),
-        f"B{batch} T{seqlen} C{channels} K{taps} silu gate",
+        work,
+        f"B{batch} T{seqlen} C{channels} K{taps} silu gate" + (" halves" if halves else ""),
         dtype,
         inputs,
-        oracle.plain(partial(run, reference), backward),
-        _implementations(backward, Implementation(OURS, partial(run, based_ops)), others),
-        bytes=_bytes(2 * elements, elements, dtype, backward),
-        flops=elements * 2 * taps * (3 if backward else 1),
-        targets=targets or {},
+        oracle.plain(partial(run, reference), work != "forward"),
+        _implementations(work, Implementation(OURS, partial(run, based_ops)), others),
+        bytes=_bytes(2 * elements, elements, dtype, work),
+        flops=elements * 2 * taps * {"forward": 1, "backward": 2, "forward+backward": 3}[work],
+        **targets,
     )
 
 
-def short_conv_decode(batch, channels, taps, dtype, device, others):
+def short_conv_decode(batch, channels, taps, dtype, device, others, **targets):
     def inputs(generator):
         draw = _normal(generator, dtype, device)
         state = draw(batch, channels, taps - 1)
@@ -171,21 +187,29 @@ def short_conv_decode(batch, channels, taps, dtype, device, others):
         [in_place(OURS, partial(run, based_ops), 2), *others],
         bytes=batch * channels * (3 + 2 * (taps - 1)) * dtype.itemsize,
         flops=batch * channels * 2 * taps,
+        **targets,
     )
 
 
-def taylor_feature_map(batch, seqlen, nheads, feature_dim, dtype, device, others):
-    elements = batch * seqlen * nheads * feature_dim
+def taylor_feature_map(
+    batch, seqlen, nheads, feature_dim, dtype, device, others, work="forward", **targets
+):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        x = draw(batch, seqlen, nheads, feature_dim)
+        return (x,) if work == "forward" else (x, draw(*x.shape[:3], _expanded(feature_dim)))
+
+    rows = batch * seqlen * nheads
     return Case(
         "taylor_feature_map",
-        "forward",
+        work,
         f"B{batch} T{seqlen} H{nheads} D{feature_dim}",
         dtype,
-        lambda generator: (_normal(generator, dtype, device)(batch, seqlen, nheads, feature_dim),),
-        oracle.plain(reference.taylor_feature_map),
-        [Implementation(OURS, based_ops.taylor_feature_map), *others],
-        bytes=elements * dtype.itemsize
-        + elements // feature_dim * _expanded(feature_dim) * dtype.itemsize,
+        inputs,
+        oracle.plain(reference.taylor_feature_map, work != "forward"),
+        _implementations(work, Implementation(OURS, based_ops.taylor_feature_map), others),
+        bytes=_bytes(rows * feature_dim, rows * _expanded(feature_dim), dtype, work),
+        **targets,
     )
 
 
@@ -213,18 +237,28 @@ def outer_in_place(name, run):
     return Implementation(name, run, prepare, outputs)
 
 
-def _work(backward):
-    return "forward+backward" if backward else "forward"
+def _implementations(work, ours, others):
+    return [i if work == "forward" else with_backward(i) for i in (ours, *others)]
 
 
-def _implementations(backward, ours, others):
-    return [with_backward(i) if backward else i for i in (ours, *others)]
-
-
-def _bytes(inputs, outputs, dtype, backward):
+def _bytes(inputs, outputs, dtype, work):
     """Read the inputs, write the output; backward reads inputs and dout and writes gradients."""
-    elements = 3 * inputs + 2 * outputs if backward else inputs + outputs
-    return elements * dtype.itemsize
+    elements = {"forward": inputs + outputs, "backward": 2 * inputs + outputs}
+    elements["forward+backward"] = sum(elements.values())
+    return elements[work] * dtype.itemsize
+
+
+def _on_corner_heads(expected, device):
+    """On a GPU, whose cases have many and long heads, two of them are checked."""
+    if device == "cpu":
+        return expected
+    return lambda *inputs: expected(*map(oracle.corner_heads, inputs))
+
+
+def _corner_heads(device, queries=None):
+    if device == "cpu":
+        return lambda x: x
+    return lambda x: oracle.corner_heads(x if queries is None else x[:, queries])
 
 
 def _expanded(feature_dim):

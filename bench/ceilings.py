@@ -4,18 +4,20 @@ import torch
 
 from timing import take_turns
 
-COPY_BYTES = 256 << 20
-GEMM_SIZE = {"cpu": 2048}
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def measure(timer, device, dtypes, seconds=1.0):
     """Bandwidths in GB/s (read + written) and matrix product rates in TFLOP/s.
 
-    bandwidth: the faster of a big copy and a big in-place update (on a CPU the update: a copy also
-    reads the lines that it is about to overwrite). new_tensor: the same copy into fresh memory, as
-    every op that returns a tensor must do it: no ceiling, but it says how far one can get.
+    bandwidth: of a big copy on a GPU; on a CPU the faster of that and a big in-place update, as a
+    copy also reads the lines that it is about to overwrite. new_tensor: the same copy into fresh
+    memory, as every op that returns a tensor must do it: no ceiling, but it says how far one can
+    get.
     """
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    size = COPY_BYTES[torch.device(device).type]
+    source = torch.ones(size // 4, device=device)
     target = torch.ones_like(source)
 
     def fastest(run, *args):
@@ -24,16 +26,16 @@ def measure(timer, device, dtypes, seconds=1.0):
         return min(times[""])
 
     copy = fastest(target.copy_, source)
-    update = fastest(target.mul_, 1.0)
+    update = fastest(target.mul_, 1.0) if device == "cpu" else copy
     rates = {}
     for dtype in dtypes:
-        size = GEMM_SIZE[torch.device(device).type]
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        rates[str(dtype)] = 2 * size**3 / fastest(torch.mm, a, a) / 1e9
+        n = GEMM_SIZE[torch.device(device).type]
+        a = torch.randn(n, n, device=device).to(dtype)
+        rates[str(dtype)] = 2 * n**3 / fastest(torch.mm, a, a) / 1e9
     return {
-        "bandwidth_gb_s": 2 * COPY_BYTES / min(copy, update) / 1e6,
-        "copy_gb_s": 2 * COPY_BYTES / copy / 1e6,
-        "new_tensor_gb_s": 2 * COPY_BYTES / fastest(source.clone) / 1e6,
+        "bandwidth_gb_s": 2 * size / min(copy, update) / 1e6,
+        "copy_gb_s": 2 * size / copy / 1e6,
+        "new_tensor_gb_s": 2 * size / fastest(source.clone) / 1e6,
         "gemm_tflop_s": rates,
     }
 

@@ -1,7 +1,9 @@
-"""Peak memory of linear_attention over its inputs, each length in a process of its own (Linux).
+"""Memory of linear_attention.
 
-B=1, fp32. A process reports how far its peak resident set rose above what the inputs had taken:
-the output, with backward also the gradients, and whatever the op needed in between.
+On a CPU: peak over its inputs, B=1, fp32, each length in a process of its own (Linux). A process
+reports how far its peak resident set rose above what the inputs had taken: the output, with
+backward also the gradients, and whatever the op needed in between.
+On a GPU: what forward and backward need beyond inputs, out, dout and gradients, at one shape.
 """
 
 import subprocess
@@ -12,8 +14,11 @@ SEQLENS = (8192, 16384, 32768, 65536)
 NHEADS, FEATURE_DIM, HEAD_DIM = 16, 16, 64
 
 
-def measure(threads):
-    """[{work, seqlen, bytes, bytes_per_token}] for forward and for forward+backward."""
+def measure(device, threads):
+    """[{work, seqlen, bytes, bytes_per_token}] for forward and for forward+backward, or on a GPU
+    [{shape, share, target}], the share of the inputs' size."""
+    if device == "cuda":
+        return [cuda_workspace(4, 28, 8192, 64, target=0.25)]
     rows = []
     for work in ("forward", "forward+backward"):
         for seqlen in SEQLENS:
@@ -24,6 +29,30 @@ def measure(threads):
                 {"work": work, "seqlen": seqlen, "bytes": grown, "bytes_per_token": per_token}
             )
     return rows
+
+
+def cuda_workspace(batch, nheads, seqlen, head_dim, target):
+    import torch
+
+    import based_ops
+
+    def draw(width):
+        return torch.randn(
+            batch, seqlen, nheads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
+
+    inputs = draw(FEATURE_DIM), draw(FEATURE_DIM), draw(head_dim)
+    dout = draw(head_dim).detach()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = based_ops.linear_attention(*inputs)
+    grads = torch.autograd.grad(out, inputs, dout)
+    results = sum(x.nbytes for x in (out, *grads))
+    extra = torch.cuda.max_memory_allocated() - before - results
+    shape = f"B{batch} T{seqlen} H{nheads} D{FEATURE_DIM} V{head_dim} bfloat16"
+    share = max(extra, 0) / sum(x.nbytes for x in inputs)
+    return {"shape": shape, "share": share, "target": target}
 
 
 def grown_bytes(work, seqlen, threads):

@@ -1,8 +1,11 @@
 """fp64 results that timed outputs are held against: sums over all pairs, written from the formulas.
 
-The attentions are quadratic, one head and one block of queries at a time, so that T = 8192 fits.
+The attentions are quadratic, one head and one block of queries at a time, so that T = 8192 fits;
+where that takes too long, they run on a sample of the heads, and of the queries.
 The pointwise ops and the decode steps take based_ops.reference on fp64 copies.
 """
+
+import itertools
 
 import torch
 
@@ -17,13 +20,21 @@ def softmax_weights(scores, visible):
     return scores.masked_fill(~visible, float("-inf")).softmax(-1)
 
 
-def attention(weights, q, k, v, dout=None, window=None, block=512):
+def corner_heads(x):
+    """The first head of the first row and the last of the last, (B, T, H, .) -> (1, T, 2, .)."""
+    return torch.stack([x[0, :, 0], x[-1, :, -1]], 1)[None]
+
+
+def attention(weights, q, k, v, dout=None, window=None, block=512, queries=None):
     """out, or (out, dq, dk, dv) for a dout; q, k (B, T, H, D), v and dout (B, T, H, V).
 
     out_t = sum_s w_ts v_s / sum_s w_ts over the s with 0 <= t - s < window (None: no bound),
-    w = weights(scores, visible), scores = <q_t, k_s> / sqrt(D).
+    w = weights(scores, visible), scores = <q_t, k_s> / sqrt(D). With a list of queries, out has
+    these tokens only.
     """
     batch, seqlen, nheads, feature_dim = q.shape
+    if queries is not None:
+        return (_some_queries(weights, q, k, v, queries),)
     results = [torch.empty(x.shape, dtype=torch.float64, device=x.device) for x in (v, q, k, v)]
     for b in range(batch):
         for h in range(nheads):
@@ -44,6 +55,16 @@ def attention(weights, q, k, v, dout=None, window=None, block=512):
                 for result, x in zip(results[1:], (qh, kh, vh), strict=True):
                     result[b, :, h] = x.grad
     return tuple(results) if dout is not None else (results[0],)
+
+
+def _some_queries(weights, q, k, v, queries):
+    heads = []
+    for b, h in itertools.product(range(q.shape[0]), range(q.shape[2])):
+        scores = q[b, queries, h].double() @ k[b, :, h].double().T * q.shape[-1] ** -0.5
+        positions = torch.tensor(queries, device=q.device)[:, None]
+        w = weights(scores, torch.arange(q.shape[1], device=q.device) <= positions)
+        heads.append(w @ v[b, :, h].double() / w.sum(-1, keepdim=True))
+    return torch.stack(heads, 1).unflatten(1, (q.shape[0], -1)).transpose(0, 1)
 
 
 def plain(run, backward=False):

@@ -23,6 +23,7 @@ class Implementation:
     outputs: (arguments, result of run) -> what the case's `expected` returns, or its first few.
     same_function: False for a peer that computes something else (softmax attention next to linear
     attention), whose outputs cannot be compared.
+    forward: what a backward's time is the rest of, given the same arguments.
     """
 
     name: str
@@ -30,15 +31,20 @@ class Implementation:
     prepare: Callable = lambda *inputs: inputs
     outputs: Callable = lambda args, result: result if isinstance(result, tuple) else (result,)
     same_function: bool = True
+    forward: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Case:
     """An op at one shape. The first implementation is ours.
 
-    inputs(generator) -> one set of random tensors; expected(*inputs) -> outputs in fp64.
+    work: "forward", "decode", "forward+backward", or "backward": the latter's time less the
+    forward's.
+    inputs(generator) -> one set of random tensors; expected(*inputs) -> outputs in fp64, those that
+    sample picks from what an implementation returns.
     bytes, flops: the least that any implementation has to move and compute.
     targets: baseline's name -> how many times as fast as it ours has to be.
+    target_ms, target_floor: how fast ours has to be, and how much of its time the floor has to be.
     input_sets: how many the calls rotate over; None for as many as outgrow the last cache.
     """
 
@@ -52,7 +58,10 @@ class Case:
     bytes: int
     flops: int = 0
     targets: dict[str, float] = field(default_factory=dict)
+    target_ms: float | None = None
+    target_floor: float | None = None
     input_sets: int | None = None
+    sample: Callable = lambda tensor: tensor
 
     def __post_init__(self):
         unknown = self.targets.keys() - {i.name for i in self.implementations}
@@ -65,7 +74,12 @@ class Case:
 
     @property
     def backward(self):
-        return self.work == "forward+backward"
+        return "backward" in self.work
+
+    @property
+    def ops(self):
+        """The torch ops that ours calls."""
+        return {self.op, f"{self.op}_backward"} if self.backward else {self.op}
 
     def tolerance(self, index):
         """Of the index-th output: in a backward case, every one after the first is a gradient."""
@@ -108,5 +122,10 @@ def with_backward(implementation):
         return out.detach(), *torch.autograd.grad(out, inputs, dout)
 
     return Implementation(
-        implementation.name, run, prepare, implementation.outputs, implementation.same_function
+        implementation.name,
+        run,
+        prepare,
+        implementation.outputs,
+        implementation.same_function,
+        forward=lambda *args: implementation.run(*args[:-1]),
     )

@@ -5,29 +5,43 @@ from registry import OURS
 CASE_COLUMNS = ("op", "work", "shape", "dtype")
 COLUMNS = (*CASE_COLUMNS, "implementation", "ms", "quartiles", "ours is", "of floor", "target")
 MEMORY_COLUMNS = ("op", "work", "T", "peak over inputs, MiB", "bytes per token")
+OVERHEAD_COLUMNS = ("eager call of", "work", "us", "quartiles", "target")
 NOTES = """\
 ms: median. ours is: the baseline's median over ours; in our own row, the best baseline's.
 of floor: the least time at the ceilings (bytes moved or flops, the larger) over the median.
+backward: forward and backward together, less the forward.
 cached: one state, which the last call left in the cache; the floor is the memory's all the same.
 * computes another function (softmax attention): its output was not compared with the reference."""
 
 
 def text(results):
     """The whole run as plain text."""
-    parts = [_headline(results), _aligned(_with_header(results))]
-    if results["memory"]:
-        parts.append(_aligned([MEMORY_COLUMNS, *_memory_rows(results["memory"])]))
-        parts.append(_linearity(results["memory"]))
-    return "\n\n".join([*parts, *_failures(results), NOTES])
+    return "\n\n".join([_headline(results), *_tables(results, _aligned), NOTES])
 
 
 def markdown(results):
     """The whole run as a section of a markdown file."""
-    parts = [f"## {results['machine']['name']}", _headline(results), _piped(_with_header(results))]
-    if results["memory"]:
-        parts.append(_piped([MEMORY_COLUMNS, *_memory_rows(results["memory"])]))
-        parts.append(_linearity(results["memory"]))
-    return "\n\n".join([*parts, *_failures(results)]) + "\n"
+    title = f"## {results['machine']['name']}"
+    return "\n\n".join([title, _headline(results), *_tables(results, _piped)]) + "\n"
+
+
+def _tables(results, layout):
+    yield layout(_with_header(results))
+    yield from _lengths(results["cases"])
+    if results.get("overhead"):
+        yield layout([OVERHEAD_COLUMNS, *map(_overhead_row, results["overhead"])])
+    memory = [row for row in results["memory"] if "seqlen" in row]
+    if memory:
+        yield layout([MEMORY_COLUMNS, *_memory_rows(memory)])
+        yield _linearity(memory)
+    for row in results["memory"]:
+        if "share" in row:
+            met = _yes(row["share"] <= row["target"])
+            yield (
+                f"backward of {row['shape']}: {row['share']:.3f} x its inputs beyond inputs, out, "
+                f"dout and gradients (<= {row['target']:g}: {met})"
+            )
+    yield from _failures(results)
 
 
 def _with_header(results):
@@ -41,7 +55,6 @@ def _rows(case):
     for row in case["rows"]:
         name, median = row["implementation"], row["median_ms"]
         against = best if name == OURS else median
-        target = case["targets"].get(name)
         yield (
             *(case[column] if name == OURS else "" for column in CASE_COLUMNS),
             name if row["same_function"] else f"{name} *",
@@ -49,8 +62,48 @@ def _rows(case):
             " - ".join(_digits(ms) for ms in row["quartiles_ms"]),
             "" if against is None else f"{against / ours:.2f}x{' best' * (name == OURS)}",
             f"{case['floor_ms'] / median:.0%} {case['floor_kind']}",
-            "" if target is None else f">= {target:g}x {_yes(against / ours >= target)}",
+            "; ".join(_targets(case, name, median, ours)),
         )
+
+
+def _targets(case, name, median, ours):
+    """What was asked for of a row, and whether it was met."""
+    ratio = case["targets"].get(name)
+    if ratio is not None:
+        yield f">= {ratio:g}x {_yes(median / ours >= ratio)}"
+    if name != OURS:
+        return
+    if case.get("target_ms"):
+        yield f"<= {case['target_ms']:g} ms {_yes(median <= case['target_ms'])}"
+    if case.get("target_floor"):
+        share = case["floor_ms"] / median
+        yield f">= {case['target_floor']:.0%} of floor {_yes(share >= case['target_floor'])}"
+
+
+def _lengths(cases):
+    """How the time of the longest sequence compares with an eighth of it."""
+    ours = {
+        (case["op"], case["work"], case["shape"]): case["rows"][0]["median_ms"]
+        for case in cases
+        if case["rows"]
+    }
+    for (op, work, shape), ms in ours.items():
+        if " T1048576 " in shape:
+            short = ours.get((op, work, shape.replace("T1048576", "T131072")))
+            if short:
+                ratio, met = ms / short, _yes(ms / short <= 8.5)
+                yield f"{op} {work}: 8 x the tokens, {ratio:.2f} x the time (<= 8.5: {met})"
+
+
+def _overhead_row(row):
+    target = row["target_us"]
+    return (
+        row["op"],
+        row["work"],
+        f"{row['median_us']:.1f}",
+        " - ".join(f"{us:.1f}" for us in row["quartiles_us"]),
+        "" if target is None else f"<= {target:g} us {_yes(row['median_us'] <= target)}",
+    )
 
 
 def _memory_rows(rows):
@@ -81,10 +134,14 @@ def _failures(results):
 def _headline(results):
     machine, ceilings = results["machine"], results["ceilings"]
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in ceilings["gemm_tflop_s"].items())
+    where = f"{machine['name']}, torch {machine['torch']}"
+    if "threads" in machine:
+        where = (
+            f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"load average before the run {machine['load_before']:.1f}"
+        )
     return (
-        f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"load average before the run {machine['load_before']:.1f}, "
-        f"{results['date']}, commit {results['commit']}. "
+        f"{where}, {results['date']}, commit {results['commit']}. "
         f"Ceilings: {ceilings['bandwidth_gb_s']:.1f} GB/s (copy {ceilings['copy_gb_s']:.1f}, "
         f"into a new tensor {ceilings['new_tensor_gb_s']:.1f}); matrix product, TFLOP/s: {rates}."
     )

@@ -1,9 +1,10 @@
-"""Time every op next to its baselines: python bench/run.py --device cpu [--filter REGEX].
+"""Time every op next to its baselines: python bench/run.py --device cpu|cuda [--filter REGEX].
 
 Ours and the baselines take turns in one process over several random input sets, and a row appears
 only after its output matched the fp64 reference in the same run. A run of everything writes
 bench/results/<device>-<machine>.json and renders bench/RESULTS.md from all results there; with
---filter or --out it writes only the file that --out names. --render only renders.
+--filter or --out it writes only the file that --out names, adding its cases to those of earlier
+parts of the same run. --render only renders.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -23,16 +25,20 @@ import torch
 import based_ops
 import ceilings
 import memory
+import overhead
 import registry
 import report
 import suite_cpu
+import suite_cuda
 import timing
 
-SUITES = {"cpu": suite_cpu.cases}
+SUITES = {"cpu": suite_cpu.cases, "cuda": suite_cuda.cases}
+SECONDS = {"cpu": 5.0, "cuda": 0.3}  # for each case, about
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ROTATED_BYTES = 128 << 20  # input sets together outgrow the last cache
-MEMORY = "linear_attention memory"  # what --filter matches for the memory rows
+# What --filter matches for the rows that are not cases.
+MEMORY, OVERHEAD = "linear_attention memory", "eager overhead"
 
 
 def main():
@@ -41,20 +47,21 @@ def main():
     parser.add_argument("--filter", default="", metavar="REGEX", help="cases by name")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5, help="time for each case, about")
+    parser.add_argument("--seconds", type=float, help="time for each case, about")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
     parser.add_argument("--render", action="store_true", help="only write RESULTS.md and stop")
     args = parser.parse_args()
+    args.seconds = SECONDS[args.device] if args.seconds is None else args.seconds
+    if args.render:
+        return render()
 
     cases = [case for case in SUITES[args.device]() if re.search(args.filter, case.name)]
     if args.list:
-        print("\n".join(case.name for case in cases))
-    elif args.render:
-        render()
-    else:
-        results = run(args, cases)
-        print(report.text(results))
-        sys.exit(any(case["failures"] for case in results["cases"]))
+        return print("\n".join(case.name for case in cases))
+    results = run(args, cases)
+    print(report.text(results))
+    sys.exit(any(case["failures"] for case in results["cases"]))
 
 
 def run(args, cases):
@@ -63,33 +70,63 @@ def run(args, cases):
     machine = describe_machine(args)
     limits = ceilings.measure(timer, args.device, {case.dtype for case in cases})
     results = {
+        "device": args.device,
         "machine": machine,
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": args.commit or commit(),
         "build": based_ops.build_info(),
         "ceilings": limits,
         "cases": [],
         "memory": [],
+        "overhead": [],
     }
+    missing = without_kernels(args.device)
     for case in cases:
-        print(case.name, file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        if case.ops & missing:
+            print(f"{case.name}: left out, no CUDA kernel for {sorted(case.ops & missing)}")
+            continue
         results["cases"].append(run_case(case, timer, limits, args))
-    if args.device == "cpu" and re.search(args.filter, MEMORY):
-        print(MEMORY, file=sys.stderr, flush=True)
-        results["memory"] = memory.measure(args.threads)
+        rows = results["cases"][-1]["rows"]
+        figures = ", ".join(f"{row['implementation']} {row['median_ms']:.4g}" for row in rows)
+        seconds = time.perf_counter() - began
+        print(f"{case.name}: {figures} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+    if re.search(args.filter, OVERHEAD):
+        results["overhead"] = overhead.measure(args.device, missing)
+    if re.search(args.filter, MEMORY) and "linear_attention_backward" not in missing:
+        results["memory"] = memory.measure(args.device, args.threads)
 
     slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
     if args.out:
-        write(args.out, results)
+        write(args.out, add_to(args.out, results) if args.filter else results)
     elif not args.filter:
         write(RESULTS / f"{args.device}-{slug}.json", results)
         render()
     return results
 
 
+def without_kernels(device):
+    """The torch ops that this build cannot run there."""
+    if device == "cpu":
+        return set()
+    ops = (name.removeprefix("based_ops::") for name in torch._C._dispatch_get_all_op_names())
+    return set(ops) - set(based_ops.build_info()["cuda_ops"])
+
+
 def write(path, results):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def add_to(path, results):
+    """What an earlier part of a run left in a file, with the results of this part."""
+    if not path.exists():
+        return results
+    whole = json.loads(path.read_text())
+    for part in ("cases", "memory", "overhead"):
+        whole[part] += results[part]
+    whole["ceilings"]["gemm_tflop_s"] |= results["ceilings"]["gemm_tflop_s"]
+    return whole
 
 
 def run_case(case, timer, limits, args):
@@ -104,21 +141,20 @@ def run_case(case, timer, limits, args):
     shots, errors, failures = {}, {}, []
     with torch.set_grad_enabled(case.backward):
         for implementation in case.implementations:
-            argument_sets = [implementation.prepare(*inputs) for inputs in sets]
-            result = implementation.run(*argument_sets[0])
-            outputs = implementation.outputs(argument_sets[0], result)
-            if implementation.same_function:
-                worst = errors[implementation.name] = relative_errors(outputs, expected)
-                if not all(error <= case.tolerance(i) for i, error in enumerate(worst)):
-                    failures.append(f"{implementation.name} is wrong: errors {worst}")
-                    continue
-            shots[implementation.name] = timer.bind(implementation.run, argument_sets)
+            name = implementation.name
+            try:
+                argument_sets = [implementation.prepare(*inputs) for inputs in sets]
+                errors[name] = check(case, implementation, argument_sets[0], expected)
+                shots[name] = timer.bind(implementation.run, argument_sets)
+                if case.work == "backward":
+                    shots[name, "forward"] = timer.bind(implementation.forward, argument_sets)
+            except Exception as error:  # a baseline's must not take the others with it
+                shots.pop(name, None)
+                failures.append(f"{name}: {str(error).splitlines()[0]}")
         if registry.OURS not in shots:
             shots = {}
         times = timing.take_turns(timer, shots, args.seconds)
-
     floor_ms, floor_kind = ceilings.floor(case, limits)
-    same = {i.name: i.same_function for i in case.implementations}
     return {
         "op": case.op,
         "work": case.work,
@@ -129,19 +165,38 @@ def run_case(case, timer, limits, args):
         "floor_ms": floor_ms,
         "floor_kind": floor_kind,
         "targets": case.targets,
+        "target_ms": case.target_ms,
+        "target_floor": case.target_floor,
         "input_sets": len(sets),
-        "rows": [
-            {
-                "implementation": name,
-                "same_function": same[name],
-                "median_ms": median(own),
-                "quartiles_ms": quantiles(own, n=4, method="inclusive")[::2],
-                "samples": len(own),
-                "errors": errors.get(name),
-            }
-            for name, own in times.items()
-        ],
+        "rows": [row(i, times, errors) for i in case.implementations if i.name in times],
         "failures": failures,
+    }
+
+
+def check(case, implementation, arguments, expected):
+    """Its relative errors, None when they cannot be compared; raises on a wrong output."""
+    outputs = implementation.outputs(arguments, implementation.run(*arguments))
+    if not implementation.same_function:
+        return None
+    errors = relative_errors(map(case.sample, outputs), expected)
+    if not all(error <= case.tolerance(i) for i, error in enumerate(errors)):
+        raise ValueError(f"wrong, errors {errors}")
+    return errors
+
+
+def row(implementation, times, errors):
+    own = times[implementation.name]
+    # A backward's time is what is left of forward and backward together.
+    forward = times.get((implementation.name, "forward"))
+    rest = median(forward) if forward else 0.0
+    return {
+        "implementation": implementation.name,
+        "same_function": implementation.same_function,
+        "median_ms": median(own) - rest,
+        "quartiles_ms": [ms - rest for ms in quantiles(own, n=4, method="inclusive")[::2]],
+        "forward_ms": rest,
+        "samples": len(own),
+        "errors": errors[implementation.name],
     }
 
 
@@ -152,6 +207,8 @@ def relative_errors(outputs, expected):
 
 
 def describe_machine(args):
+    if args.device == "cuda":
+        return {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor()

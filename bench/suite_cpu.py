@@ -55,13 +55,18 @@ def cases():
     return [
         linear(seqlen=1024, others=[quadratic, *chunked, sdpa_other]),
         linear(seqlen=8192, others=[*chunked, sdpa_other], targets={CHUNKED: 6, SDPA: 10}),
-        linear(seqlen=1024, others=[quadratic, *chunked, sdpa_other], backward=True),
-        linear(seqlen=4096, others=[*chunked, sdpa_other], targets={CHUNKED: 4}, backward=True),
+        linear(seqlen=1024, others=[quadratic, *chunked, sdpa_other], work="forward+backward"),
+        linear(
+            seqlen=4096,
+            others=[*chunked, sdpa_other],
+            targets={CHUNKED: 4},
+            work="forward+backward",
+        ),
         # A state that the last call left in the cache, then states that come from memory.
         decode(input_sets=1),
         decode(),
         window(seqlen=8192, others=windows, targets={SDPA: 8}),
-        window(seqlen=4096, others=windows, backward=True),
+        window(seqlen=4096, others=windows, work="forward+backward"),
         build.sliding_window_decode(
             batch=16,
             nheads=16,
@@ -71,7 +76,7 @@ def cases():
             **fp32,
         ),
         conv(others=[exchanged(CONV, baselines.conv_in_place), shifts], targets={CONV: 2}),
-        conv(others=[exchanged(CONV, baselines.conv), shifts], backward=True),
+        conv(others=[exchanged(CONV, baselines.conv), shifts], work="forward+backward"),
         build.short_conv_decode(
             batch=16,
             channels=1024,

@@ -1,0 +1,90 @@
+"""Host time of an eager call: Python, autograd, dispatch and the launch, at sizes that are no work.
+
+On a GPU the calls are queued, not waited for.
+"""
+
+import time
+from statistics import median, quantiles
+
+import torch
+
+import based_ops
+
+CALLS, REPEATS = 100, 15
+BATCH, NHEADS, FEATURE_DIM, HEAD_DIM, WINDOW, CHANNELS, TAPS = 1, 2, 16, 64, 16, 64, 3
+TARGETS_US = {("linear_attention", "forward"): 15, ("linear_attention", "forward+backward"): 60}
+
+
+def measure(device, missing):
+    """[{op, work, median_us, quartiles_us, target_us}] of every op that runs there."""
+    rows = []
+    for op, call, inputs in calls(device):
+        if op in missing:
+            continue
+        with torch.no_grad():
+            rows.append(_row(op, "forward", device, lambda: call(*inputs)))
+        if "decode" in op or f"{op}_backward" in missing:
+            continue
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        dout = torch.randn_like(call(*leaves))
+
+        def both():
+            torch.autograd.grad(call(*leaves), leaves, dout)
+
+        rows.append(_row(op, "forward+backward", device, both))
+    return rows
+
+
+def calls(device):
+    """(op, function, its tensors) of every op, one token long."""
+
+    def draw(*shape):
+        return torch.randn(shape, device=device)
+
+    q, k = draw(2, BATCH, 1, NHEADS, FEATURE_DIM)
+    v = draw(BATCH, 1, NHEADS, HEAD_DIM)
+    expanded = 1 + FEATURE_DIM + FEATURE_DIM * (FEATURE_DIM + 1) // 2
+    state = draw(BATCH, NHEADS, expanded, HEAD_DIM), draw(BATCH, NHEADS, expanded)
+    rings = draw(2, BATCH, WINDOW, NHEADS, HEAD_DIM)
+    positions = torch.zeros(BATCH, dtype=torch.int64, device=device)
+    x, weight = draw(BATCH, 1, CHANNELS), draw(CHANNELS, TAPS)
+    token, conv_state = draw(BATCH, CHANNELS), draw(BATCH, CHANNELS, TAPS - 1)
+
+    def window(q, k, v):
+        return based_ops.sliding_window_attention(q, k, v, WINDOW)
+
+    def conv(x, weight):
+        return based_ops.short_conv(x, weight, activation="silu", gate=x)
+
+    def conv_decode(*args):
+        return based_ops.short_conv_decode(*args, activation="silu")
+
+    return [
+        ("linear_attention", based_ops.linear_attention, (q, k, v)),
+        ("linear_attention_decode", based_ops.linear_attention_decode,
+         (q[:, 0], k[:, 0], v[:, 0], *state)),
+        ("sliding_window_attention", window, (v, v, v)),
+        ("sliding_window_decode", based_ops.sliding_window_decode,
+         (v[:, 0], v[:, 0], v[:, 0], *rings, positions)),
+        ("short_conv", conv, (x, weight)),
+        ("short_conv_decode", conv_decode, (token, weight, conv_state)),
+        ("taylor_feature_map", based_ops.taylor_feature_map, (q,)),
+    ]  # fmt: skip
+
+
+def _row(op, work, device, call):
+    times = []
+    for _ in range(REPEATS + 1):  # the first one warms up
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return {
+        "op": op,
+        "work": work,
+        "median_us": median(times[1:]),
+        "quartiles_us": quantiles(times[1:], n=4, method="inclusive")[::2],
+        "target_us": TARGETS_US.get((op, work)),
+    }
