@@ -37,14 +37,17 @@ def seed(request):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(request):
     """Put garbage into memory that is not written yet, so that an output an op forgets shows.
 
     glibc fills what it hands out with 0x7f: NaN in float16, above 1e38 in the other dtypes. Its
-    lists of small blocks (up to 1032 bytes) it hands out as they are, so these get NaN here.
+    lists of small blocks (up to 1032 bytes) it hands out as they are, so these get NaN here. On a
+    GPU torch fills new tensors with NaN itself when it is asked to be deterministic.
     """
+    torch.use_deterministic_algorithms("cuda" in request.node.nodeid, warn_only=True)
     set_malloc_perturb(0x80)
     blocks = [torch.full((4 * i,), float("nan")) for i in range(1, 65) for _ in range(7)]
     del blocks
     yield
     set_malloc_perturb(0)
+    torch.use_deterministic_algorithms(False)
