@@ -115,12 +115,10 @@ def linear_attention_decode_deferred(
     """linear_attention_decode whose state takes in its tokens C at a time.
 
     pending_k (slots, C, H, D), pending_v (slots, C, H, V): the tokens that wait, fill (B,) of them
-    in each row before this one. Rings and states are updated in place, fill is not.
+    in each row before this one. Rings or states are updated in place, fill is not.
     """
     rows, slots = _active(q, state_indices)
-    places = fill[rows].long()
-    pending_k[slots, places] = k[rows]
-    pending_v[slots, places] = v[rows]
+    place = fill[rows].long()
     state = [x.clone() for x in (kv_state, k_state)]  # the plain form before this token
     linear_attention_fold(
         *state, pending_k, pending_v, fill, scale=scale, state_indices=state_indices
@@ -128,9 +126,11 @@ def linear_attention_decode_deferred(
     out = linear_attention_decode(
         q, k, v, *state, scale=scale, normalize=normalize, state_indices=state_indices
     )
-    full = slots[places + 1 == pending_k.shape[1]]
-    kv_state[full] = state[0][full]
-    k_state[full] = state[1][full]
+    full = place + 1 == pending_k.shape[1]
+    kv_state[slots[full]] = state[0][slots[full]]
+    k_state[slots[full]] = state[1][slots[full]]
+    pending_k[slots[~full], place[~full]] = k[rows[~full]]
+    pending_v[slots[~full], place[~full]] = v[rows[~full]]
     return out
 
 

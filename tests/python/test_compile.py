@@ -36,6 +36,7 @@ def sequence(op, batch=B, seqlen=T):
 
 OPTIONS = {"sliding_window_attention": {"window": W}, "short_conv": {"activation": "silu"}}
 SEQUENCE_OPS = ["linear_attention", "sliding_window_attention", "short_conv"]
+DECODE_OPS = [*SEQUENCE_OPS, "linear_attention_deferred"]
 
 
 def call(op, inputs, **options):
@@ -49,6 +50,14 @@ def state_of(op, rows):
 
 def decode_case(op):
     """A decode function, its tokens, and its states of 4 slots."""
+    if op == "linear_attention_deferred":
+        _, token, states = decode_case("linear_attention")
+        states |= {
+            "pending_k": randn(4, 3, H, D, dtype=F32),
+            "pending_v": randn(4, 3, H, V).float(),
+        }
+        token["fill"] = torch.tensor([2, 0])
+        return based_ops.linear_attention_decode_deferred, token, states
     state = state_of(op, 4)
     if op == "linear_attention":
         token = {n: x[:, 0] for n, x in sequence(op).items()}
@@ -93,7 +102,7 @@ def with_gradients(op, **options):
 def opcheck_all(calls, names):
     assert [op._opname for op, _ in calls] == names
     for op, args in calls:
-        differentiable = "backward" not in op._opname and "decode" not in op._opname
+        differentiable = not any(n in op._opname for n in ("backward", "decode", "fold"))
         for x in torch.utils._pytree.tree_leaves(args):
             if isinstance(x, torch.Tensor) and x.is_floating_point():
                 x.requires_grad_(differentiable)
@@ -116,11 +125,20 @@ def test_opcheck_sequence_op(op, kind):
     opcheck_all(recorded_calls(lambda: with_gradients(op, **options)), [op, f"{op}_backward"])
 
 
-@pytest.mark.parametrize("op", SEQUENCE_OPS)
+@pytest.mark.parametrize("op", DECODE_OPS)
 def test_opcheck_decode(op):
     decode, token, states = decode_case(op)
     calls = recorded_calls(lambda: decode(**token, **states, state_indices=torch.tensor([3, -1])))
     opcheck_all(calls, [decode.__name__])
+
+
+def test_opcheck_fold():
+    _, token, states = decode_case("linear_attention_deferred")
+    slots = torch.tensor([3, -1])
+    calls = recorded_calls(
+        lambda: based_ops.linear_attention_fold(**states, fill=token["fill"], state_indices=slots)
+    )
+    opcheck_all(calls, ["linear_attention_fold"])
 
 
 # ---- torch.compile -----------------------------------------------------------------------------
@@ -181,7 +199,7 @@ def test_dynamic_feature_dim():
 
 
 @pytest.mark.parametrize("with_slots", [False, True])
-@pytest.mark.parametrize("op", SEQUENCE_OPS)
+@pytest.mark.parametrize("op", DECODE_OPS)
 def test_compile_decode_in_place(op, with_slots):
     """Inductor updates the state itself: no copy of it, and the caller's tensor changes."""
     decode, token, states = decode_case(op)

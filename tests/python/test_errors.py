@@ -1,5 +1,6 @@
 """Every bad argument raises "<op>: <argument>: expected <...>, got <...>" and changes nothing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from support import devices, randn
 F32 = torch.float32
 B, T, H, D, V, W, C, K = 2, 5, 3, 4, 6, 8, 7, 3
 EXPANDED = 15
-SLOTS = 4
+SLOTS, CAPACITY = 4, 5
 
 
 def arguments(op):
@@ -24,12 +25,20 @@ def arguments(op):
         q, k = randn(2, B, T, H, D, dtype=F32)
         state = randn(B, H, EXPANDED, V, dtype=F32), randn(B, H, EXPANDED, dtype=F32) ** 2
         return {"q": q, "k": k, "v": randn(B, T, H, V, dtype=F32), "initial_state": state}
-    if op == "linear_attention_decode":
+    if op in ("linear_attention_decode", "linear_attention_decode_deferred"):
         q, k = randn(2, B, H, D, dtype=F32)
+        token = {"q": q, "k": k, "v": randn(B, H, V, dtype=F32)}
+        state = arguments("linear_attention_fold")
+        if op == "linear_attention_decode":
+            state = {n: state[n] for n in ("kv_state", "k_state", "state_indices")}
+        return token | state
+    if op == "linear_attention_fold":
         return {
-            **{"q": q, "k": k, "v": randn(B, H, V, dtype=F32)},
             "kv_state": randn(SLOTS, H, EXPANDED, V, dtype=F32),
             "k_state": randn(SLOTS, H, EXPANDED, dtype=F32),
+            "pending_k": randn(SLOTS, CAPACITY, H, D, dtype=F32),
+            "pending_v": randn(SLOTS, CAPACITY, H, V, dtype=F32),
+            "fill": torch.tensor([1, 4]),
             "state_indices": torch.tensor([2, 0]),
         }
     if op == "sliding_window_attention":
@@ -159,6 +168,27 @@ LINEAR_DECODE = [
     ({"state_indices": None}, "kv_state", "(2, 3, 15, 6)", "(4, 3, 15, 6)"),
     ({"scale": -1.0}, "scale", "> 0", "-1"),
 ]
+PENDING = [
+    ({"pending_v": half}, "pending_v", "dtype float32", "bfloat16"),
+    ({"pending_v": lambda v: v[:, :2]}, "pending_v", "(4, 5, 3, ", "(4, 2, 3, 6)"),
+    ({"pending_k": strided}, "pending_k", "contiguous last dim", "stride 2"),
+    ({n: lambda x: x[:, :0] for n in ("pending_k", "pending_v")}, "pending_k", "C >= 1", "0"),
+    ({"fill": torch.tensor([5, 0])}, "fill", "[0, C = 5)", "5 at index 0"),
+    ({"fill": torch.tensor([0, -1])}, "fill", "[0, C = 5)", "-1 at index 1"),
+    ({"fill": double}, "fill", "int32 or int64", "float64"),
+    ({"scale": 0.0}, "scale", "> 0", "0"),
+]
+DEFERRED = [
+    ({"pending_k": lambda k: k[..., :2]}, "pending_k", "(4, *, 3, 4)", "(4, 5, 3, 2)"),
+    ({"fill": torch.tensor([3])}, "fill", "(2,)", "(1,)"),
+]
+FOLD = [
+    ({"pending_k": lambda k: k[0]}, "pending_k", "shape (slots, C, H, D)", "(5, 3, 4)"),
+    ({"pending_k": lambda k: k[..., :2]}, "kv_state", "3, 6, 6)", "(4, 3, 15, 6)"),
+    ({"kv_state": half}, "kv_state", "dtype float32", "bfloat16"),
+    ({"k_state": lambda s: s[:3]}, "k_state", "(4, 3, 15)", "(3, 3, 15)"),
+    ({"state_indices": None}, "fill", "(4,)", "(2,)"),
+]
 WINDOW = [
     ({"q": lambda q: q[0]}, "q", "shape (B, T, H, V)", "(5, 3, 6)"),
     ({"q": strided}, "q", "contiguous last dim", "stride 2"),
@@ -236,6 +266,8 @@ CASES = {
     "taylor_feature_map": TAYLOR,
     "linear_attention": LINEAR + CU_SEQLENS,
     "linear_attention_decode": LINEAR_DECODE + SLOT_INDICES,
+    "linear_attention_decode_deferred": LINEAR_DECODE + PENDING + DEFERRED + SLOT_INDICES,
+    "linear_attention_fold": FOLD + PENDING[1:] + SLOT_INDICES,
     "sliding_window_attention": WINDOW + CU_SEQLENS,
     "sliding_window_decode": WINDOW_DECODE + SLOT_INDICES,
     "short_conv": CONV + TAPS + CU_SEQLENS,
@@ -295,20 +327,57 @@ def test_device_mix(op):
             getattr(based_ops, op)(**valid | {name: valid[name].cuda()})
 
 
+def to_cuda(value):
+    if isinstance(value, tuple):
+        return tuple(map(to_cuda, value))
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA tensors")
 @pytest.mark.parametrize("op", CASES)
 def test_cuda_tensors_without_a_kernel(op):
-    def to_cuda(value):
-        if isinstance(value, tuple):
-            return tuple(map(to_cuda, value))
-        return value.cuda() if isinstance(value, torch.Tensor) else value
-
     on_gpu = {n: to_cuda(x) for n, x in arguments(op).items()}
     if "cuda" in devices(op):
         getattr(based_ops, op)(**on_gpu)
     else:
         with pytest.raises(RuntimeError, match=f"^{op}: expected CPU tensors"):
             getattr(based_ops, op)(**on_gpu)
+
+
+# The values of index tensors: read on the CPU always, on a GPU when asked to.
+VALUES = [
+    pytest.param(op, *case, id=f"{op}-{i}-{case[1]}")
+    for op, cases in CASES.items()
+    for i, case in enumerate(cases)
+    if "at index" in case[3] or case[2] == ""
+]
+
+
+@pytest.mark.parametrize("op, changes, argument, expected, got", VALUES)
+def test_checks_on_a_gpu(op, changes, argument, expected, got):
+    if "cuda" not in devices(op):
+        pytest.skip("no GPU, or no kernel for this op")
+    bad = {n: to_cuda(x) for n, x in changed(op, changes).items()}
+    before = [x.clone() for x in tensors(bad.values())]
+    parts = f"{op}: {argument}: expected ", expected, ", got ", got
+    assert based_ops.set_checks(True) is False
+    try:
+        with pytest.raises(RuntimeError, match="^" + ".*".join(map(re.escape, parts))):
+            getattr(based_ops, op)(**bad)
+        getattr(based_ops, op)(**{n: to_cuda(x) for n, x in arguments(op).items()})
+    finally:
+        assert based_ops.set_checks(False) is True
+    for x, copy in zip(tensors(bad.values()), before):
+        assert torch.equal(x, copy)
+    getattr(based_ops, op)(**bad)  # not checked: bad rows are NaN, nothing else happens
+    torch.cuda.synchronize()
+
+
+def test_checks_can_be_asked_for_by_the_environment():
+    code = "import based_ops; assert based_ops.set_checks(False) is {}"
+    for value, expected in (("1", True), ("0", False)):
+        run = [sys.executable, "-c", code.format(expected)]
+        subprocess.run(run, check=True, env=os.environ | {"BASED_CHECKS": value})
 
 
 def test_errors_of_a_backward_reach_the_caller():

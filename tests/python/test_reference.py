@@ -14,6 +14,8 @@ OPS = [
     "taylor_feature_map",
     "linear_attention",
     "linear_attention_decode",
+    "linear_attention_decode_deferred",
+    "linear_attention_fold",
     "sliding_window_attention",
     "sliding_window_decode",
     "short_conv",
@@ -135,3 +137,22 @@ def test_decode_is_the_sequence_op_token_by_token(op, dtype):
     for state, expected in zip(pool, flatten(final)):
         assert_close(state[[4, 1]], expected[::2], dtype)
         assert not state[[0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deferred_decode_is_the_op(dtype):
+    """Outputs, states and rings after every step, and the plain form at the end."""
+    state = list(initial_state("linear_attention", 3, dtype).values())
+    ring = [randn(3, 4, 2, n, dtype=dtype) for n in (3, 4)]
+    ours, theirs = ([x.clone() for x in (*state, *ring)] for _ in range(2))
+    fill = torch.tensor([0, 3, 2])
+    slots = {"state_indices": torch.tensor([2, 0, -1])}
+    for _ in range(5):
+        token = [randn(3, 2, n, dtype=dtype) for n in (3, 3, 4)]
+        out = based_ops.linear_attention_decode_deferred(*token, *ours, fill, **slots)
+        expected = reference.linear_attention_decode_deferred(*token, *theirs, fill, **slots)
+        assert_close([out, *ours], [expected, *theirs], dtype)
+        fill = (fill + 1) % 4
+    based_ops.linear_attention_fold(*ours, fill, **slots)
+    reference.linear_attention_fold(*theirs, fill, **slots)
+    assert_close(ours, theirs, dtype)
