@@ -1,0 +1,138 @@
+"""Every op on a GPU at sizes that are small but cross the kernels' tiles, for compute-sanitizer:
+
+compute-sanitizer --tool memcheck python3 tests/python/small_cases.py [OP ...]
+
+Nothing is compared here; the tests do that.
+"""
+
+import itertools
+import sys
+
+import torch
+
+import based_ops
+
+F32, BF16 = torch.float32, torch.bfloat16
+# Packed sequences of 150 tokens: an empty one, short ones, and bounds that lie outside.
+PACKED = [None, [0, 70, 70, 73, 150], [3, 90, 80, 999]]
+
+
+def draw(*shape, dtype):
+    return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def backward(results):
+    flat = torch.utils._pytree.tree_leaves(results)
+    sum(x.float().square().sum() for x in flat if x.requires_grad).backward()
+
+
+def sequences(bounds, rows=2):
+    """Options of a call, its batch and its number of sequences."""
+    if bounds is None:
+        return {}, rows, rows
+    return {"cu_seqlens": torch.tensor(bounds, device="cuda")}, 1, len(bounds) - 1
+
+
+def linear_attention():
+    sizes = ((16, 64), (16, 112), (8, 24), (32, 128))
+    for dtype, (dim, width), bounds in itertools.product((BF16, F32), sizes, PACKED):
+        options, batch, n = sequences(bounds)
+        q, k = (draw(batch, 150, 2, dim, dtype=dtype) for _ in range(2))
+        expanded = 1 + dim + dim * (dim + 1) // 2
+        state = draw(n, 2, expanded, width, dtype=F32), draw(n, 2, expanded, dtype=F32)
+        for options["initial_state"] in (None, state):
+            v = draw(batch, 150, 2, width, dtype=dtype)
+            backward(based_ops.linear_attention(q, k, v, output_final_state=True, **options))
+
+
+def sliding_window_attention():
+    for dtype, width, window, bounds in itertools.product(
+        (BF16, F32), (64, 112, 128), (17, 128), PACKED
+    ):
+        options, batch, n = sequences(bounds)
+        q, k, v = (draw(batch, 150, 2, width, dtype=dtype) for _ in range(3))
+        rings = [draw(n, window, 2, width, dtype=dtype) for _ in range(2)]
+        state = *rings, torch.arange(n, device="cuda") * 50
+        for options["initial_state"] in (None, state):
+            backward(
+                based_ops.sliding_window_attention(
+                    q, k, v, window, output_final_state=True, **options
+                )
+            )
+
+
+def short_conv():
+    for dtype, (channels, taps), bounds in itertools.product(
+        (BF16, F32), ((5, 4), (64, 3), (264, 8)), PACKED
+    ):
+        options, batch, n = sequences(bounds)
+        x, gate = draw(batch, 150, 2 * channels, dtype=dtype).chunk(2, -1)
+        weight, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype)
+        options |= {"initial_state": draw(n, channels, taps - 1, dtype=dtype), "gate": gate}
+        backward(
+            based_ops.short_conv(
+                x, weight, bias, activation="silu", output_final_state=True, **options
+            )
+        )
+
+
+def taylor_feature_map():
+    for dtype, dim in itertools.product((BF16, F32), (3, 16)):
+        backward(based_ops.taylor_feature_map(draw(37, 5, dim, dtype=dtype)))
+
+
+SLOTS = [None, [2, 0, -1, 99]]  # of a pool of four
+
+
+@torch.no_grad()
+def linear_attention_decode():
+    for dtype, (dim, width), slots in itertools.product(
+        (BF16, F32), ((16, 64), (16, 112), (8, 24)), SLOTS
+    ):
+        q, k = (draw(4, 2, dim, dtype=dtype) for _ in range(2))
+        v, expanded = draw(4, 2, width, dtype=dtype), 1 + dim + dim * (dim + 1) // 2
+        state = draw(4, 2, expanded, width, dtype=F32), draw(4, 2, expanded, dtype=F32)
+        options = {"state_indices": None if slots is None else torch.tensor(slots, device="cuda")}
+        based_ops.linear_attention_decode(q, k, v, *state, **options)
+        rings = draw(4, 3, 2, dim, dtype=dtype), draw(4, 3, 2, width, dtype=dtype)
+        fill = torch.tensor([0, 2, 1, 7], device="cuda")
+        based_ops.linear_attention_decode_deferred(q, k, v, *state, *rings, fill, **options)
+        based_ops.linear_attention_fold(*state, *rings, fill, **options)
+
+
+@torch.no_grad()
+def sliding_window_decode():
+    for dtype, width, slots in itertools.product((BF16, F32), (64, 112), SLOTS):
+        q, k, v = (draw(4, 2, width, dtype=dtype) for _ in range(3))
+        rings = [draw(4, 129, 2, width, dtype=dtype) for _ in range(2)]
+        positions = torch.tensor([0, 5, 128, 10**6], device="cuda")
+        indices = None if slots is None else torch.tensor(slots, device="cuda")
+        based_ops.sliding_window_decode(q, k, v, *rings, positions, state_indices=indices)
+
+
+@torch.no_grad()
+def short_conv_decode():
+    for dtype, taps, slots in itertools.product((BF16, F32), (2, 8), SLOTS):
+        x, gate = draw(4, 2 * 70, dtype=dtype).chunk(2, -1)
+        weight, state = draw(70, taps, dtype=dtype), draw(4, 70, taps - 1, dtype=dtype)
+        indices = None if slots is None else torch.tensor(slots, device="cuda")
+        based_ops.short_conv_decode(x, weight, state, gate=gate, state_indices=indices)
+
+
+CASES = [
+    linear_attention,
+    linear_attention_decode,
+    sliding_window_attention,
+    sliding_window_decode,
+    short_conv,
+    short_conv_decode,
+    taylor_feature_map,
+]
+
+if __name__ == "__main__":
+    for case in CASES:
+        if case.__name__ in based_ops.build_info()["cuda_ops"]:
+            if not sys.argv[1:] or case.__name__ in sys.argv[1:]:
+                case()
+                torch.cuda.synchronize()
+                print(case.__name__, "done", flush=True)
