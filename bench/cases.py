@@ -3,6 +3,7 @@
 Which shapes and baselines are run is in suite_<device>.py.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -79,6 +80,57 @@ def linear_attention_decode(
         bytes=rows * 2 * (state * 4 + (feature_dim + head_dim) * dtype.itemsize),
         flops=rows * 4 * state,
         input_sets=input_sets,
+        **targets,
+    )
+
+
+def linear_attention_decode_deferred(
+    batch, nheads, feature_dim, head_dim, pending, dtype, device, **targets
+):
+    """`pending` steps of all rows in phase, the last of which writes the state; next to the plain
+    form, which writes it in every step."""
+
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        plain = linear_attention_decode(batch, nheads, feature_dim, head_dim, dtype, device, [])
+        state = plain.inputs(generator)[3:]
+        q, k = (draw(pending, batch, nheads, feature_dim) for _ in range(2))
+        rings = (draw(batch, pending, nheads, width) for width in (feature_dim, head_dim))
+        fill = torch.arange(pending, device=device)[:, None].repeat(1, batch)
+        return q, k, draw(pending, batch, nheads, head_dim), *state, *rings, fill
+
+    def deferred(q, k, v, kv_state, k_state, pending_k, pending_v, fill):
+        for token in zip(q, k, v, fill, strict=True):
+            out = based_ops.linear_attention_decode_deferred(
+                *token[:3], kv_state, k_state, pending_k, pending_v, token[3]
+            )
+        return out
+
+    def plain(module, q, k, v, kv_state, k_state, *_):
+        for token in zip(q, k, v, strict=True):
+            out = module.linear_attention_decode(*token, kv_state, k_state)
+        return out
+
+    def results(args, out):
+        return out, *args[3:5]
+
+    rows, state = batch * nheads, _expanded(feature_dim) * (head_dim + 1)
+    ring = pending / 2 * (feature_dim + head_dim)  # read, on average; one token of it written
+    token = 2 * (feature_dim + head_dim)
+    return Case(
+        "linear_attention_decode_deferred",
+        "decode",
+        f"B{batch} H{nheads} D{feature_dim} V{head_dim} C{pending}",
+        dtype,
+        inputs,
+        oracle.in_place(partial(plain, reference), 3, 4),
+        [
+            replace(in_place(OURS, deferred, 3, 4, 5, 6), outputs=results),
+            replace(in_place("plain form", partial(plain, based_ops), 3, 4), outputs=results),
+        ],
+        bytes=int(rows * (state * 4 * (1 + 1 / pending) + (ring + token) * dtype.itemsize)),
+        flops=rows * 4 * state,
+        steps=pending,
         **targets,
     )
 

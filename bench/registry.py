@@ -46,6 +46,7 @@ class Case:
     targets: baseline's name -> how many times as fast as it ours has to be.
     target_ms, target_floor: how fast ours has to be, and how much of its time the floor has to be.
     input_sets: how many the calls rotate over; None for as many as outgrow the last cache.
+    steps: how many steps one call of run takes; bytes, flops and times are those of one.
     """
 
     op: str
@@ -61,6 +62,7 @@ class Case:
     target_ms: float | None = None
     target_floor: float | None = None
     input_sets: int | None = None
+    steps: int = 1
     sample: Callable = lambda tensor: tensor
 
     def __post_init__(self):

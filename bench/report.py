@@ -16,7 +16,8 @@ cached: one state, which the last call left in the cache; the floor is the memor
 
 def text(results):
     """The whole run as plain text."""
-    return "\n\n".join([_headline(results), *_tables(results, _aligned), NOTES])
+    parts = [_headline(results), *_tables(results, _aligned), NOTES, _score(results)]
+    return "\n\n".join(parts)
 
 
 def markdown(results):
@@ -42,6 +43,19 @@ def _tables(results, layout):
                 f"dout and gradients (<= {row['target']:g}: {met})"
             )
     yield from _failures(results)
+
+
+def _score(results):
+    """One line: how many of the cases' targets were met, and which were not."""
+    outcomes = []
+    for case in results["cases"]:
+        ours = next((r["median_ms"] for r in case["rows"] if r["implementation"] == OURS), None)
+        for row in case["rows"]:
+            for target in _targets(case, row["implementation"], row["median_ms"], ours):
+                outcomes.append((f"{case['op']} {case['work']} {case['shape']} {target}", target))
+    missed = [name for name, target in outcomes if not target.endswith("yes")]
+    met = len(outcomes) - len(missed)
+    return f"targets met: {met} of {len(outcomes)}; " + ("; ".join(missed) or "none missed")
 
 
 def _with_header(results):

@@ -168,7 +168,7 @@ def run_case(case, timer, limits, args):
         "target_ms": case.target_ms,
         "target_floor": case.target_floor,
         "input_sets": len(sets),
-        "rows": [row(i, times, errors) for i in case.implementations if i.name in times],
+        "rows": [row(case, i, times, errors) for i in case.implementations if i.name in times],
         "failures": failures,
     }
 
@@ -184,8 +184,8 @@ def check(case, implementation, arguments, expected):
     return errors
 
 
-def row(implementation, times, errors):
-    own = times[implementation.name]
+def row(case, implementation, times, errors):
+    own = [ms / case.steps for ms in times[implementation.name]]
     # A backward's time is what is left of forward and backward together.
     forward = times.get((implementation.name, "forward"))
     rest = median(forward) if forward else 0.0

@@ -62,6 +62,10 @@ def linear_attention_decode(bf16):
         yield build.linear_attention_decode(
             batch, nheads, 16, head_dim, others=others, target_ms=ms, target_floor=share, **bf16
         )
+    for batch, nheads, ms in ((128, 16, None), (128, 28, 0.046)):
+        yield build.linear_attention_decode_deferred(
+            batch, nheads, 16, 64, pending=16, target_ms=ms, **bf16
+        )
 
 
 def sliding_window(bf16):
