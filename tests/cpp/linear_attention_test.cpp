@@ -170,6 +170,26 @@ TEST(LinearAttention, NamedErrors) {
   fails("cu_seqlens: expected batch 1", [&](auto& p) { p.cu_seqlens = cu_seqlens; });
 }
 
+// Token t (B, H, .) of a (B, T, H, .) tensor.
+TensorView token(const Tensor& tensor, int64_t t) {
+  TensorView view = tensor.view;
+  const int64_t offset = t * view.stride[1] * element_size(view.dtype);
+  view.data = static_cast<char*>(view.data) + offset;
+  view.rank = 3, view.size[1] = view.size[2], view.size[2] = view.size[3];
+  view.stride[1] = view.stride[2], view.stride[2] = view.stride[3];
+  return view;
+}
+
+// The params of token t of a problem, whose final state is the one decoded with.
+template <class Params>
+Params token_params(const Problem& problem, int64_t t) {
+  Params p;
+  p.q = token(problem.q, t), p.k = token(problem.k, t), p.v = token(problem.v, t);
+  p.out = token(problem.out, t), p.scale = problem.c.scale, p.normalize = problem.c.normalize;
+  p.kv_state = problem.final_kv.view, p.k_state = problem.final_z.view;
+  return p;
+}
+
 TEST(LinearAttentionDecode, EqualsTheSequenceTokenByToken) {
   for (DType dtype : kDTypes) {
     for (int64_t V : {1, 5, 16, 70}) {
@@ -179,22 +199,46 @@ TEST(LinearAttentionDecode, EqualsTheSequenceTokenByToken) {
         const Expected e = reference(problem);
         problem.final_kv = problem.kv, problem.final_z = problem.z;
         for (int64_t t = 0; t < c.seqlen; ++t) {
-          const auto token = [&](const Tensor& tensor) {  // (B, H, .) at t
-            TensorView view = tensor.view;
-            const int64_t offset = t * view.stride[1] * element_size(dtype);
-            view.data = static_cast<char*>(view.data) + offset;
-            view.rank = 3, view.size[1] = view.size[2], view.size[2] = view.size[3];
-            view.stride[1] = view.stride[2], view.stride[2] = view.stride[3];
-            return view;
-          };
-          LinearAttentionDecodeParams p;
-          p.q = token(problem.q), p.k = token(problem.k), p.v = token(problem.v);
-          p.out = token(problem.out), p.scale = c.scale, p.normalize = normalize;
-          p.kv_state = problem.final_kv.view, p.k_state = problem.final_z.view;
-          expect_ok(cpu::linear_attention_decode(p));
+          expect_ok(
+              cpu::linear_attention_decode(token_params<LinearAttentionDecodeParams>(problem, t)));
         }
         expect_forward(problem, e, forward_tolerance(dtype));
       }
+    }
+  }
+}
+
+// Rows come to be at different fill levels, with places of the ring that nobody wrote to.
+TEST(LinearAttentionDecode, DeferredEqualsTheSequence) {
+  for (DType dtype : kDTypes) {
+    for (int64_t capacity : {1, 3, 9}) {
+      const Case c{3, 7, 2, 5, 6, dtype, Layout::kStrided};
+      Problem problem(c);
+      const Expected e = reference(problem);
+      problem.final_kv = problem.kv, problem.final_z = problem.z;
+      Tensor ring_k(dtype, {3, capacity, 2, 5}), ring_v(dtype, {3, capacity, 2, 6});
+      Tensor fill = index_tensor(DType::kInt32, {0, 0, 0});
+      const auto fold = [&](const std::vector<int64_t>& slots) {
+        const Tensor indices = index_tensor(DType::kInt64, slots);
+        LinearAttentionFoldParams p;
+        p.kv_state = problem.final_kv.view, p.k_state = problem.final_z.view;
+        p.pending_k = ring_k.view, p.pending_v = ring_v.view, p.fill = fill.view;
+        p.state_indices = indices.view, p.scale = c.scale;
+        expect_ok(cpu::linear_attention_fold(p));
+      };
+      for (int64_t t = 0; t < c.seqlen; ++t) {
+        auto p = token_params<LinearAttentionDecodeDeferredParams>(problem, t);
+        p.pending_k = ring_k.view, p.pending_v = ring_v.view, p.fill = fill.view;
+        expect_ok(cpu::linear_attention_decode_deferred(p));
+        for (int row : {0, 1, 2}) {
+          fill.set(row, static_cast<double>(static_cast<int64_t>(fill.get(row) + 1) % capacity));
+        }
+        if (t % 2 == 0) continue;
+        fold({-1, 1, -1});  // row 1 becomes plain in between
+        fill.set(1, 0);
+      }
+      fold({0, 1, 2});
+      expect_forward(problem, e, forward_tolerance(dtype));
     }
   }
 }
