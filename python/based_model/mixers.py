@@ -122,7 +122,9 @@ class WindowMixer(nn.Module):
         return self.out_proj(out.flatten(-2)), None if state is None else state[:2]
 
     def decode(self, x: Tensor, state: LayerState, span: Span):
-        out = sliding_window_decode(*self._qkv(x, span), *state, span.start)
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
+        rotary = tuple(angles[:, 0] for angles in span.rotary["window"])
+        out = sliding_window_decode(q, k, v, *state, span.start, rotary=rotary)
         return self.out_proj(out.flatten(-2)), state
 
 
