@@ -75,10 +75,41 @@ def test_matches_definition(seqlen, window, head_dim, with_state, device, dtype)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 9, 10, 30])
-@pytest.mark.parametrize("head_dim", [1, 12, 65, 300])
+@pytest.mark.parametrize("head_dim", [1, 12, 65, 256, 300])
 def test_any_window(window, head_dim, device):
+    if device == "cuda" and head_dim > 256:
+        with pytest.raises(RuntimeError, match="q: expected head_dim <= 256 on CUDA, got 300"):
+            op(*make(2, 9, 3, head_dim, F32, device), window)
+        return
     state = make_state([4, 100], window, 3, head_dim, F32, device)
     check_call(make(2, 9, 3, head_dim, F32, device), window, F32, state)
+
+
+@pytest.mark.parametrize(
+    "head_dim, window",
+    [(8, 64), (64, 128), (64, 129), (72, 17), (112, 128), (112, 256), (128, 128), (128, 50)]
+    + [(200, 65), (256, 100)],
+)
+def test_many_tiles(head_dim, window, device, dtype):
+    """More tokens than a tile has rows, in every width that kernels are made for."""
+    state = make_state([0, window - 5, 2 * window + 3], window, 2, head_dim, dtype, device)
+    check_call(make(3, 290, 2, head_dim, dtype, device), window, dtype, state)
+    bounds = [0, 130, 130, 137, 290]
+    cu_seqlens = torch.tensor(bounds, device=device)
+    check_call(make(1, 290, 2, head_dim, dtype, device), window, dtype, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_unaligned_views(offset, device, dtype):
+    """Rows that start anywhere: 16-byte accesses are not to be taken for granted."""
+    tensors = make(2, 140, 2, 64, dtype, device)
+    padded = [torch.cat([x[..., :offset], x], -1)[..., offset:] for x in tensors]
+    assert all(x.stride(2) == 64 + offset for x in padded)
+    check_call(padded, 70, dtype)
+    # Aligned or not, a row is the same row.
+    assert all(
+        torch.equal(a, b) for a, b in zip(flatten(op(*padded, 70)), flatten(op(*tensors, 70)))
+    )
 
 
 def test_positions_beyond_32_bits(device):
@@ -285,10 +316,10 @@ def test_window_of_one_returns_v(device, dtype):
     assert torch.equal(based_ops.sliding_window_attention(q, k, v, 1), v)
 
 
-@pytest.mark.parametrize("window", [1, 5, 64])
+@pytest.mark.parametrize("window, head_dim", [(1, 5), (5, 5), (64, 5), (5, 64), (100, 112)])
 @pytest.mark.parametrize("position", [0, 1, 63, 64, 80])
-def test_nan_reaches_its_window_only(position, window, device, dtype):
-    clean = [x.requires_grad_() for x in make(2, 150, 2, 5, dtype, device)]
+def test_nan_reaches_its_window_only(position, window, head_dim, device, dtype):
+    clean = [x.requires_grad_() for x in make(2, 150, 2, head_dim, dtype, device)]
     dirty = [x.detach().clone() for x in clean]
     for x in dirty:
         x[:, position] = float("nan")
@@ -300,6 +331,31 @@ def test_nan_reaches_its_window_only(position, window, device, dtype):
         assert torch.equal(a[:, :position], b[:, :position])
         assert torch.equal(a[:, position + window :], b[:, position + window :])
         assert b[:, position : position + window].isnan().all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("which", range(4))
+def test_no_product_spreads_what_is_not_finite(which, value, device, dtype):
+    """q, k, v or dout of one token: gradients of tokens that it does not meet stay as they are."""
+    position, window = 70, 20
+    clean = [*make(1, 150, 1, 64, dtype, device), make(1, 150, 1, 64, dtype, device)[0]]
+    dirty = [x.clone() for x in clean]
+    dirty[which][:, position, :, 3] = float(value)
+    results = []
+    for *x, dout in (clean, dirty):
+        x = [y.requires_grad_() for y in x]
+        out = based_ops.sliding_window_attention(*x, window)
+        results.append([out, *torch.autograd.grad(out, x, dout)])
+    reach = 2 * window  # a key meets queries that meet other keys
+    for a, b in zip(*results):
+        near = slice(position - reach, position + reach)
+        assert torch.equal(a[:, : near.start], b[:, : near.start])
+        assert torch.equal(a[:, near.stop :], b[:, near.stop :])
+    out, dq, dk, dv = results[1]
+    seen = slice(position, position + window)  # queries of the key at position
+    sees = slice(position - window + 1, position + 1)  # keys of the query at position
+    changed = {0: (dk, sees), 1: (dq, seen), 2: (dq, seen), 3: (dv, sees)}[which]
+    assert not changed[0][:, changed[1]].isfinite().all(-1).any()
 
 
 def test_nan_in_neighbours_stays_there(device, dtype):

@@ -1,0 +1,269 @@
+// Row-major tiles in shared memory and the two products of attention on them, by one warp.
+//
+// A warp owns 16 rows. Everything it holds lies as mma.sync has its accumulators: lane l holds of
+// every 8 columns j the elements [j][0, 1] of row l/4, columns 2(l%4), +1, and [j][2, 3] of row
+// l/4 + 8. 16-bit elements meet in the tensor cores; float is multiplied in float (no TF32), in
+// the same layout.
+#pragma once
+
+#include <cfloat>
+#include <type_traits>
+
+#include "primitives/cp_async.cuh"
+#include "primitives/element.cuh"
+#include "primitives/mma.cuh"
+#include "sliding_window/geometry.cuh"
+
+namespace based::cuda {
+
+// (rows, kV) in shared memory. The padding makes a row an odd number of 16-byte chunks, so that
+// eight rows at the same column lie in different banks.
+template <class Element_, int kV_>
+struct Tile {
+  using Element = Element_;
+  static constexpr int kV = kV_;
+  static constexpr int kChunk = 16 / sizeof(Element);  // elements of a 16-byte access
+  static constexpr int kChunks = kV / kChunk;
+  static constexpr int kLd = kV + kChunk;
+  static_assert(kV % 16 == 0 && (kChunks + 1) % 2 == 1);
+};
+
+// sX (rows, kV) <- the rows s0 ... of the source; 0 outside [lower, upper] and beyond head_dim.
+template <class T>
+__device__ __forceinline__ void load_tile(typename T::Element* sX, int rows,
+                                          const RowSource<typename T::Element>& shared_source,
+                                          int s0, int lower, int upper, int head_dim,
+                                          bool aligned) {
+  const RowSource<typename T::Element> source = shared_source;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * T::kChunks; i += blockDim.x) {
+    const int r = i / T::kChunks, c = i % T::kChunks * T::kChunk, s = s0 + r;
+    const bool valid = s >= lower && s <= upper && c < head_dim;
+    typename T::Element* target = sX + r * T::kLd + c;
+    if (aligned) {
+      cp_async_16(shared_address(target), valid ? source.row(s) + c : source.tokens, valid);
+    } else {
+      for (int e = 0; e < T::kChunk; ++e) {
+        target[e] = valid && c + e < head_dim ? source.row(s)[c + e]
+                                              : from_float<typename T::Element>(0.0f);
+      }
+    }
+  }
+}
+
+// The warp's 16 rows from shared memory to the rows s0 ... of the target, where `wanted(s)`.
+template <class T, class WantedFn>
+__device__ __forceinline__ void store_rows(const typename T::Element* sX,
+                                           const RowSource<typename T::Element>& target, int s0,
+                                           int head_dim, bool aligned, const WantedFn& wanted) {
+  for (int i = threadIdx.x % 32; i < 16 * T::kChunks; i += 32) {
+    const int r = i / T::kChunks, c = i % T::kChunks * T::kChunk;
+    if (!wanted(s0 + r)) continue;
+    const typename T::Element* from = sX + r * T::kLd + c;
+    typename T::Element* to = target.row(s0 + r) + c;
+    if (aligned) {
+      if (c < head_dim) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int e = 0; e < T::kChunk && c + e < head_dim; ++e) to[e] = from[e];
+    }
+  }
+}
+
+__device__ __forceinline__ void store_pair(float* target, float a, float b) {
+  *reinterpret_cast<float2*>(target) = make_float2(a, b);
+}
+__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t pack(__half, float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <class Element>
+__device__ __forceinline__ void store_pair(Element* target, float a, float b) {
+  *reinterpret_cast<uint32_t*>(target) = pack(Element(), a, b);
+}
+
+// rows (16, kOut) of shared memory <- the warp's accumulators, row r times factor[r / 8].
+template <class T, int kOut>
+__device__ __forceinline__ void stage_rows(typename T::Element* rows, const float (&x)[kOut / 8][4],
+                                           float factor0, float factor1) {
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kOut / 8; ++j) {
+    store_pair(rows + g * T::kLd + 8 * j + c, x[j][0] * factor0, x[j][1] * factor0);
+    store_pair(rows + (g + 8) * T::kLd + 8 * j + c, x[j][2] * factor1, x[j][3] * factor1);
+  }
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+// The 16 rows of a warp as left operand, in registers or read again for every product.
+template <class T, bool kInRegisters>
+struct RowOperand {
+  const typename T::Element* rows;
+  uint32_t fragments[kInRegisters ? T::kV / 16 : 1][4];
+
+  __device__ __forceinline__ void load(const typename T::Element* from) {
+    rows = from;
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int k = 0; k < T::kV / 16; ++k) read(fragments[k], k);
+    }
+  }
+  // a <- columns 16k ... 16k + 15
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int k) const {
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = fragments[k][i];
+    } else {
+      read(a, k);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void read(uint32_t (&a)[4], int k) const {
+    const int l = threadIdx.x % 32;
+    ldmatrix_x4<false>(a, shared_address(rows + l % 16 * T::kLd + 16 * k + l / 16 * 8));
+  }
+};
+
+// s (16, 8 kN) += rows (16, kV) times the transpose of the tile's kN * 8 rows from sX.
+template <int kN, class T, bool kInRegisters>
+__device__ __forceinline__ void mma_ABt(float (&s)[kN][4], const RowOperand<T, kInRegisters>& rows,
+                                        const typename T::Element* sX) {
+  const int l = threadIdx.x % 32;
+  if constexpr (std::is_same_v<typename T::Element, float>) {
+    const float* a = rows.rows + l / 4 * T::kLd;
+    const float* x = sX + l % 4 * 2 * T::kLd;
+#pragma unroll 2
+    for (int k = 0; k < T::kV; k += 4) {
+      const float4 a0 = *reinterpret_cast<const float4*>(a + k);
+      const float4 a1 = *reinterpret_cast<const float4*>(a + 8 * T::kLd + k);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float4 b = *reinterpret_cast<const float4*>(x + (8 * j + i) * T::kLd + k);
+          s[j][i] = fmaf(a0.x, b.x, fmaf(a0.y, b.y, fmaf(a0.z, b.z, fmaf(a0.w, b.w, s[j][i]))));
+          s[j][2 + i] =
+              fmaf(a1.x, b.x, fmaf(a1.y, b.y, fmaf(a1.z, b.z, fmaf(a1.w, b.w, s[j][2 + i]))));
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < T::kV / 16; ++k) {
+      uint32_t a[4];
+      rows.get(a, k);
+#pragma unroll
+      for (int j = 0; j < kN; j += 2) {
+        uint32_t b[4];
+        const int row = 8 * j + l % 8 + l / 16 * 8, column = 16 * k + l / 8 % 2 * 8;
+        ldmatrix_x4<false>(b, shared_address(sX + row * T::kLd + column));
+        warp_mma<typename T::Element>(s[j], a, b[0], b[1]);
+        warp_mma<typename T::Element>(s[j + 1], a, b[2], b[3]);
+      }
+    }
+  }
+}
+
+// (16, 16) weights as the left operand of the next product, rounded to Element.
+template <class Element>
+struct Weights {
+  uint32_t a[4];
+
+  __device__ __forceinline__ Weights(const float (&s0)[4], const float (&s1)[4])
+      : a{pack(Element(), s0[0], s0[1]), pack(Element(), s0[2], s0[3]), pack(Element(), s1[0], s1[1]),
+          pack(Element(), s1[2], s1[3])} {}
+
+  // sums[0, 1] += the sums of the rounded weights of rows l/4, l/4 + 8: a product with ones.
+  __device__ __forceinline__ void add_row_sums(float (&sums)[4]) const {
+    const uint32_t ones = pack(Element(), 1.0f, 1.0f);
+    warp_mma<Element>(sums, a, ones, ones);
+  }
+};
+
+template <>
+struct Weights<float> {
+  float p[2][4];
+
+  __device__ __forceinline__ Weights(const float (&s0)[4], const float (&s1)[4])
+      : p{{s0[0], s0[1], s0[2], s0[3]}, {s1[0], s1[1], s1[2], s1[3]}} {}
+
+  __device__ __forceinline__ void add_row_sums(float (&sums)[4]) const {
+    sums[0] += quad_sum(p[0][0] + p[0][1] + p[1][0] + p[1][1]);
+    sums[2] += quad_sum(p[0][2] + p[0][3] + p[1][2] + p[1][3]);
+  }
+};
+
+// x (16, kOut) += a (16, 16) times 16 rows and kOut columns of a tile, from sX.
+template <class T, int kOut>
+__device__ __forceinline__ void mma_AB(const typename T::Element* sX,
+                                       const Weights<typename T::Element>& a,
+                                       float (&x)[kOut / 8][4]) {
+  const int l = threadIdx.x % 32;
+  if constexpr (std::is_same_v<typename T::Element, float>) {
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const int from = (l & ~3) + k % 8 / 2;
+      const float a0 = __shfl_sync(0xffffffff, a.p[k / 8][k % 2], from);
+      const float a1 = __shfl_sync(0xffffffff, a.p[k / 8][2 + k % 2], from);
+#pragma unroll
+      for (int j = 0; j < kOut / 8; ++j) {
+        const float2 b = *reinterpret_cast<const float2*>(sX + k * T::kLd + 8 * j + l % 4 * 2);
+        x[j][0] = fmaf(a0, b.x, x[j][0]), x[j][1] = fmaf(a0, b.y, x[j][1]);
+        x[j][2] = fmaf(a1, b.x, x[j][2]), x[j][3] = fmaf(a1, b.y, x[j][3]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOut / 8; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4<true>(b, shared_address(sX + l % 16 * T::kLd + 8 * j + l / 16 * 8));
+      warp_mma<typename T::Element>(x[j], a.a, b[0], b[1]);
+      warp_mma<typename T::Element>(x[j + 1], a.a, b[2], b[3]);
+    }
+  }
+}
+
+// The same for two left operands, which share what is read from shared memory.
+template <class T, int kOut>
+__device__ __forceinline__ void mma_AB(const typename T::Element* sX,
+                                       const Weights<typename T::Element>& a,
+                                       float (&x)[kOut / 8][4],
+                                       const Weights<typename T::Element>& other,
+                                       float (&y)[kOut / 8][4]) {
+  if constexpr (std::is_same_v<typename T::Element, float>) {
+    mma_AB<T, kOut>(sX, a, x);
+    mma_AB<T, kOut>(sX, other, y);
+  } else {
+    const int l = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < kOut / 8; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4<true>(b, shared_address(sX + l % 16 * T::kLd + 8 * j + l / 16 * 8));
+      warp_mma<typename T::Element>(x[j], a.a, b[0], b[1]);
+      warp_mma<typename T::Element>(x[j + 1], a.a, b[2], b[3]);
+      warp_mma<typename T::Element>(y[j], other.a, b[0], b[1]);
+      warp_mma<typename T::Element>(y[j + 1], other.a, b[2], b[3]);
+    }
+  }
+}
+
+}  // namespace based::cuda
