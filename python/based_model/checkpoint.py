@@ -31,8 +31,6 @@ from based_model.parallel import current_ranks, spread_like, whole
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 OPTIMIZER, OPTIMIZER_PARTS, TRAINING = "optimizer.safetensors", "optimizer", "training.json"
-
-
 TRAINING_KEYS = {"step", "settings", "batches", "text"}
 
 

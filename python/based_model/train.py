@@ -47,8 +47,9 @@ def train(config: TrainConfig) -> dict[str, float]:
         log = RunLog(run, trainer.step)
         describe(trainer)
     try:
-        number = run_steps(trainer, run, log)
-        saved = trainer.save(run)
+        with StopSignal() as stop:
+            number = run_steps(trainer, run, log, stop)
+            saved = trainer.save(run)
         if trainer.step < config.steps:
             if ranks.is_main:
                 name = signal.Signals(number).name
@@ -65,7 +66,7 @@ def train(config: TrainConfig) -> dict[str, float]:
             log.close()
 
 
-def run_steps(trainer: Trainer, run: Path, log: RunLog | None) -> int:
+def run_steps(trainer: Trainer, run: Path, log: RunLog | None, stop: StopSignal) -> int:
     """Trains to the last step, or to the signal whose number is returned, and saves on the way."""
     from tqdm import tqdm
 
@@ -78,7 +79,7 @@ def run_steps(trainer: Trainer, run: Path, log: RunLog | None) -> int:
         unit_scale=True,
         disable=not ranks.is_main,
     )
-    with bar, StopSignal() as stop:
+    with bar:
         while trainer.step < config.steps:
             started = time.perf_counter()
             record = trainer.training_step()
