@@ -6,6 +6,8 @@ A backward op has no gradient of its own: double backward raises.
 import torch
 from torch.library import register_autograd, register_fake
 
+from based_ops.dispatch import differentiable, without_graph
+
 ops = torch.ops.based_ops
 
 
@@ -153,7 +155,8 @@ def _taylor_setup(ctx, inputs, output):
 
 def _taylor_backward(ctx, dout):
     (x,) = ctx.saved_tensors
-    return ops.taylor_feature_map_backward(_contiguous_last(dout), x, ctx.scale), None
+    op = ops.taylor_feature_map_backward.default
+    return without_graph(op, _contiguous_last(dout), x, ctx.scale), None
 
 
 def _linear_setup(ctx, inputs, output):
@@ -161,11 +164,12 @@ def _linear_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _linear_backward(ctx, dout, dkv_state, dk_state):
+def _linear_backward(ctx, dout, dkv_state=None, dk_state=None):
     q, k, v, kv_state, k_state, cu_seqlens = ctx.saved_tensors
     if not ctx.has_final_state:
         dkv_state = dk_state = None
-    dq, dk, dv, dkv0, dk0 = ops.linear_attention_backward(
+    dq, dk, dv, dkv0, dk0 = without_graph(
+        ops.linear_attention_backward.default,
         _contiguous_last(dout), *map(_contiguous_last_or_none, (dkv_state, dk_state)),
         q, k, v, kv_state, k_state, cu_seqlens, ctx.scale, ctx.normalize,
     )  # fmt: skip
@@ -181,13 +185,15 @@ def _window_setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, out, lse, k_cache, v_cache, positions, cu_seqlens)
 
 
-def _window_backward(ctx, dout, dlse, dk_cache, dv_cache, dpositions):
-    k_cache = ctx.saved_tensors[5]
+def _window_backward(ctx, dout, dlse=None, dk_cache=None, dv_cache=None, dpositions=None):
+    saved = ctx.saved_tensors  # once: an unpack hook may recompute them
+    k_cache = saved[5]
     if not ctx.has_final:
         dk_cache = dv_cache = None
-    dq, dk, dv, dk0, dv0 = ops.sliding_window_attention_backward(
+    dq, dk, dv, dk0, dv0 = without_graph(
+        ops.sliding_window_attention_backward.default,
         _contiguous_last(dout), *map(_contiguous_last_or_none, (dk_cache, dv_cache)),
-        *ctx.saved_tensors, ctx.window, ctx.scale,
+        *saved, ctx.window, ctx.scale,
     )  # fmt: skip
     if k_cache is None:
         dk0 = dv0 = None
@@ -199,13 +205,15 @@ def _conv_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _conv_backward(ctx, dout, dfinal_state):
-    _, _, bias, gate, initial_state, _ = ctx.saved_tensors
+def _conv_backward(ctx, dout, dfinal_state=None):
+    saved = ctx.saved_tensors
+    _, _, bias, gate, initial_state, _ = saved
     if not ctx.has_final_state:
         dfinal_state = None
-    dx, dweight, dbias, dgate, dinitial = ops.short_conv_backward(
-        _contiguous_last(dout), _contiguous_last_or_none(dfinal_state), *ctx.saved_tensors, ctx.silu
-    )
+    dx, dweight, dbias, dgate, dinitial = without_graph(
+        ops.short_conv_backward.default,
+        _contiguous_last(dout), _contiguous_last_or_none(dfinal_state), *saved, ctx.silu,
+    )  # fmt: skip
     return (
         dx,
         dweight,
@@ -229,6 +237,8 @@ def _no_double_backward(op: str):
     return backward
 
 
+# What the public functions call.
+calls = {}
 for _op, _backward, _setup in (
     ("taylor_feature_map", _taylor_backward, _taylor_setup),
     ("linear_attention", _linear_backward, _linear_setup),
@@ -237,3 +247,4 @@ for _op, _backward, _setup in (
 ):
     register_autograd(f"based_ops::{_op}", _backward, setup_context=_setup)
     register_autograd(f"based_ops::{_op}_backward", _no_double_backward(_op))
+    calls[_op] = differentiable(getattr(ops, _op).default, _setup, _backward)

@@ -12,12 +12,16 @@ The formulas are those of BASED (Arora et al., ICML 2024, arXiv 2402.18668).
 import torch
 from torch import Tensor
 
+from based_ops.autograd import calls
+
 _ops = torch.ops.based_ops
 
 
 def _autocast(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """Inside an autocast region, floating-point tensors become its dtype (float64 stays)."""
     tensors = [first, *others]
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = first.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -78,8 +82,8 @@ def taylor_feature_map(x: Tensor, *, scale: float | None = None) -> Tensor:
     """
     scale = _default_scale(x) if scale is None else scale
     if x.ndim <= 4:
-        return _ops.taylor_feature_map(x, scale)
-    return _ops.taylor_feature_map(x.flatten(0, -2), scale).unflatten(0, x.shape[:-1])
+        return calls["taylor_feature_map"](x, scale)
+    return calls["taylor_feature_map"](x.flatten(0, -2), scale).unflatten(0, x.shape[:-1])
 
 
 def linear_attention(
@@ -121,10 +125,8 @@ def linear_attention(
     kv_state, k_state = _state(op, initial_state, 2, "(kv_state, k_state)")
     q, k, v = _autocast(q, k, v)
     scale = _default_scale(q) if scale is None else scale
-    out, *state = _ops.linear_attention(
-        q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_state
-    )
-    return (out, tuple(state)) if output_final_state else out
+    result = calls[op](q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_state)
+    return (result[0], result[1:]) if output_final_state else result
 
 
 def linear_attention_decode(
@@ -280,10 +282,10 @@ def sliding_window_attention(
     k_cache, v_cache, positions = _state(op, initial_state, 3, "(k_cache, v_cache, positions)")
     q, k, v = _autocast(q, k, v)
     scale = _default_scale(q) if scale is None else scale
-    out, _, *state = _ops.sliding_window_attention(
+    result = calls[op](
         q, k, v, k_cache, v_cache, positions, cu_seqlens, window, scale, output_final_state
     )
-    return (out, tuple(state)) if output_final_state else out
+    return (result[0], result[2:]) if output_final_state else result
 
 
 def sliding_window_decode(
@@ -363,10 +365,9 @@ def short_conv(
     """
     silu = _silu("short_conv", activation)
     x, weight, bias, gate = _autocast(x, weight, bias, gate)
-    out, state = _ops.short_conv(
+    return calls["short_conv"](
         x, weight, bias, gate, initial_state, cu_seqlens, silu, output_final_state
     )
-    return (out, state) if output_final_state else out
 
 
 def short_conv_decode(
