@@ -38,6 +38,7 @@ class Ranks:
         return self._reduced(value, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
+        """The largest of all ranks."""
         return self._reduced(value, dist.ReduceOp.MAX)
 
     def from_main(self, value: Any) -> Any:

@@ -38,7 +38,7 @@ RUNS = {
 
 def torchrun(*args, **kwargs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command += ["--nproc-per-node", "2", *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
 
