@@ -38,13 +38,14 @@ def measure(device, missing):
 def calls(device):
     """(op, function, its tensors) of every op, one token long."""
 
-    def draw(*shape):
-        return torch.randn(shape, device=device)
+    def draw(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, device=device).to(dtype)
 
     q, k = draw(2, BATCH, 1, NHEADS, FEATURE_DIM)
     v = draw(BATCH, 1, NHEADS, HEAD_DIM)
     expanded = 1 + FEATURE_DIM + FEATURE_DIM * (FEATURE_DIM + 1) // 2
-    state = draw(BATCH, NHEADS, expanded, HEAD_DIM), draw(BATCH, NHEADS, expanded)
+    shape = BATCH, NHEADS, expanded
+    state = draw(*shape, HEAD_DIM, dtype=torch.float32), draw(*shape, dtype=torch.float32)
     rings = draw(2, BATCH, WINDOW, NHEADS, HEAD_DIM)
     positions = torch.zeros(BATCH, dtype=torch.int64, device=device)
     x, weight = draw(BATCH, 1, CHANNELS), draw(CHANNELS, TAPS)
