@@ -14,10 +14,14 @@ inline constexpr std::array kCudaOps = {
     "short_conv_decode",
     "taylor_feature_map",
     "taylor_feature_map_backward",
+    "linear_attention",
+    "linear_attention_backward",
     "linear_attention_decode",
     "linear_attention_decode_deferred",
     "linear_attention_fold",
     "sliding_window_decode",
+    "sliding_window_attention",
+    "sliding_window_attention_backward",
 };
 template <>
 inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> = {
@@ -25,6 +29,12 @@ inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> 
 template <>
 inline constexpr CudaOp<TaylorFeatureMapBackwardParams> kCudaOp<TaylorFeatureMapBackwardParams> = {
     cuda::taylor_feature_map_backward};
+template <>
+inline constexpr CudaOp<LinearAttentionParams> kCudaOp<LinearAttentionParams> = {
+    cuda::linear_attention, cuda::linear_attention_workspace_size};
+template <>
+inline constexpr CudaOp<LinearAttentionBackwardParams> kCudaOp<LinearAttentionBackwardParams> = {
+    cuda::linear_attention_backward, cuda::linear_attention_backward_workspace_size};
 template <>
 inline constexpr CudaOp<LinearAttentionDecodeParams> kCudaOp<LinearAttentionDecodeParams> = {
     cuda::linear_attention_decode};
@@ -34,6 +44,13 @@ inline constexpr CudaOp<LinearAttentionDecodeDeferredParams>
 template <>
 inline constexpr CudaOp<LinearAttentionFoldParams> kCudaOp<LinearAttentionFoldParams> = {
     cuda::linear_attention_fold};
+template <>
+inline constexpr CudaOp<SlidingWindowParams> kCudaOp<SlidingWindowParams> = {
+    cuda::sliding_window_attention};
+template <>
+inline constexpr CudaOp<SlidingWindowBackwardParams> kCudaOp<SlidingWindowBackwardParams> = {
+    cuda::sliding_window_attention_backward,
+    cuda::sliding_window_attention_backward_workspace_size};
 template <>
 inline constexpr CudaOp<SlidingWindowDecodeParams> kCudaOp<SlidingWindowDecodeParams> = {
     cuda::sliding_window_decode};

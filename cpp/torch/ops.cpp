@@ -106,6 +106,17 @@ Tensor taylor_feature_map_backward(const Tensor& dout, const Tensor& x, double s
 
 // ---- linear_attention --------------------------------------------------------------------------
 
+// The tensor-core kernels read rows 16 bytes at a time: rows that start elsewhere are copied first.
+Tensor aligned(const Tensor& x) {
+  if (x.is_cpu() || x.dim() != 4 || x.scalar_type() == ScalarType::Float) return x;
+  const int64_t elements = 16 / 2;
+  bool fits = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < 3; ++i) fits = fits && (x.size(i) <= 1 || x.stride(i) % elements == 0);
+  if (fits || x.stride(3) != 1) return x;
+  Tensor copy = fresh_like(x);
+  return torch::stable::copy_(copy, x);
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k,
                                                     const Tensor& v, const OptionalTensor& kv_state,
                                                     const OptionalTensor& k_state,
@@ -121,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
     final_k = empty(q, {n, heads, expanded}, accumulator_of(q));
     p.final_kv_state = view(final_kv), p.final_k_state = view(final_k);
   }
-  p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out);
+  const Tensor q_rows = aligned(q), k_rows = aligned(k), v_rows = aligned(v);
+  p.q = view(q_rows), p.k = view(k_rows), p.v = view(v_rows), p.out = view(out);
   p.initial_kv_state = view(kv_state), p.initial_k_state = view(k_state);
   p.cu_seqlens = view(cu_seqlens), p.scale = scale, p.normalize = normalize;
   run<LinearAttentionParams>("linear_attention", q, p, cpu::linear_attention);
@@ -136,7 +148,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   const Tensor dkv0 = kv_state ? fresh_like(*kv_state) : absent(q);
   const Tensor dk0 = k_state ? fresh_like(*k_state) : absent(q);
   LinearAttentionBackwardParams p;
-  p.q = view(q), p.k = view(k), p.v = view(v), p.dout = view(dout);
+  const Tensor q_rows = aligned(q), k_rows = aligned(k), v_rows = aligned(v);
+  const Tensor dout_rows = aligned(dout);
+  p.q = view(q_rows), p.k = view(k_rows), p.v = view(v_rows), p.dout = view(dout_rows);
   p.initial_kv_state = view(kv_state), p.initial_k_state = view(k_state);
   p.dfinal_kv_state = view(dkv_state), p.dfinal_k_state = view(dk_state);
   p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);

@@ -1,0 +1,74 @@
+#include "linear_attention/forward.cuh"
+#include "linear_attention/launch.cuh"
+#include "linear_attention/simt.cuh"
+
+namespace based::cuda {
+namespace {
+
+using namespace linear;
+
+// The cut of a call; its workspace holds a state for every (slot, head, tile) unless no sequence is
+// cut.
+Arguments arguments_of(const LinearAttentionParams& p, int64_t ctas) {
+  Arguments a{};
+  set_segments(a, p, multiprocessors() * ctas, 0.5, 64);
+  a.q = rows_of(p.q), a.k = rows_of(p.k), a.v = rows_of(p.v), a.out = rows_of(p.out);
+  a.initial = state_of(p.initial_kv_state, p.initial_k_state);
+  a.final = state_of(p.final_kv_state, p.final_k_state);
+  return a;
+}
+
+template <class Tr>
+int64_t workspace_bytes(const LinearAttentionParams& p) {
+  const Arguments a = arguments_of(p, Tr::kForwardCtas);
+  return is_cut(a) ? a.segments * a.heads * a.tiles * kStateFloats<Tr> * int64_t(sizeof(float)) : 0;
+}
+
+template <class Tr>
+Status run(const char* op, const LinearAttentionParams& p, void* workspace, Stream stream) {
+  Arguments a = arguments_of(p, Tr::kForwardCtas);
+  a.workspace = static_cast<float*>(workspace);
+  const int64_t blocks = a.segments * a.heads * a.tiles;
+  Status status;
+  if (is_cut(a)) {
+    status = launch(op, increment_kernel<Tr>, blocks, Tr::kThreads, sizeof(IncrementSmem<Tr>),
+                    stream, a);
+    if (status.ok()) status = launch_scan<Tr, false>(op, a, kStateFloats<Tr>, stream);
+  }
+  if (status.ok()) {
+    status =
+        launch(op, forward_kernel<Tr>, blocks, Tr::kThreads, sizeof(ForwardSmem<Tr>), stream, a);
+  }
+  return status;
+}
+
+}  // namespace
+
+int64_t linear_attention_workspace_size(const LinearAttentionParams& p) {
+  if (!validate(p).ok() || p.q.dtype == DType::kFloat32) return 0;
+  int64_t bytes = 0;
+  const Status status = dispatch_traits("linear_attention", p, [&](auto traits) {
+    bytes = workspace_bytes<typename decltype(traits)::type>(p);
+    return Status();
+  });
+  return status.ok() ? bytes : 0;
+}
+
+Status linear_attention(const LinearAttentionParams& p, void* workspace, Stream stream) {
+  const char* op = "linear_attention";
+  Status status = validate(p);
+  if (status.ok()) status = check_supported(op, p);
+  if (!status.ok() || p.q.size[0] * p.q.size[2] == 0) return status;
+  if (p.q.dtype == DType::kFloat32) return simt_forward(op, p, stream);
+  const std::pair<const char*, const TensorView*> tensors[] = {
+      {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"out", &p.out}};
+  for (const auto& [name, view] : tensors) {
+    if (status.ok()) status = check_aligned(op, name, *view, 8);
+  }
+  if (!status.ok()) return status;
+  return dispatch_traits(op, p, [&](auto traits) {
+    return run<typename decltype(traits)::type>(op, p, workspace, stream);
+  });
+}
+
+}  // namespace based::cuda
