@@ -279,7 +279,8 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
     return;
   }
 
-  const int c = threadIdx.x % 4 * 2, r0 = threadIdx.x / 32 * 16, s_warp = s0 + r0;
+  const int l = threadIdx.x % 32, g = l / 4, c = l % 4 * 2;
+  const int r0 = threadIdx.x / 32 * 16, s_warp = s0 + r0;
   const Band band = {0, layout.window - 1, 0, seq.length - 1};
   const int t0 = s0 + ((band.first(s0) - s0) & ~15);
   const int tiles = (band.last(s_end - 1) - t0 + kColumns) / kColumns;
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
           }
         }
         if (t_block < band.first(s_warp + 15) || t_block + 15 > band.last(s_warp)) {
-          const int row = s_warp + threadIdx.x % 32 / 4;
+          const int row = s_warp + g;
           const int low[2] = {band.first(row) - t_block, band.first(row + 8) - t_block};
           const int high[2] = {band.last(row) - t_block, band.last(row + 8) - t_block};
 #pragma unroll
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
     __syncthreads();  // also where no tile passed by
 #pragma unroll
     for (int r = 0; r < 2; ++r) {  // slots that held no key
-      const bool missing = s_warp + threadIdx.x % 32 / 4 + 8 * r < -seq.past;
+      const bool missing = s_warp + g + 8 * r < -seq.past;
 #pragma unroll
       for (int j = 0; j < kOut / 8; ++j) {
 #pragma unroll
