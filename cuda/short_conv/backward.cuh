@@ -14,16 +14,16 @@ struct TokenGradient {
   float g, dgate;
 };
 
-__device__ __forceinline__ TokenGradient token_gradient(float sum, float dout, float gate,
-                                                        bool silu) {
-  if (!silu) return {dout * gate, dout * sum};
-  const float s = sigmoid(sum);
-  return {dout * gate * s * (1.0f + sum * (1.0f - s)), dout * sum * s};
+template <bool kSilu>
+__device__ __forceinline__ TokenGradient token_gradient(float sum, float dout, float gate) {
+  if (!kSilu) return {dout * gate, dout * sum};
+  const float s = sigmoid(sum), a = sum * s;
+  return {dout * gate * (s + a * (1.0f - s)), dout * a};
 }
 
 // One thread per kVec channels and run of tokens; it computes g of the K-1 tokens behind the run
 // again, because dx of its last tokens needs them.
-template <class Element, int kTaps, int kVec>
+template <class Element, int kTaps, int kVec, bool kSilu>
 struct ConvGradient {
   Convolution<Element, kTaps, kVec> conv;
   float g[kTaps][kVec];              // of the last K tokens
@@ -33,55 +33,60 @@ struct ConvGradient {
   template <int kAhead>
   __device__ __forceinline__ void run(const ConvBackwardArgs& args, const Span& span, int64_t row,
                                       int64_t begin, int64_t end, int channel) {
-    const Element* gX = row_of<Element>(args.x, row, channel);
-    const Element* gGate = row_of<Element>(args.gate, row, channel);
-    const Element* gDout = row_of<Element>(args.dout, row, channel);
-    Element* gDx = mutable_row_of<Element>(args.dx, row, channel);
-    Element* gDgate = mutable_row_of<Element>(args.dgate, row, channel);
+    conv.start(args, row_of<Element>(args.x, row, channel), span, begin, channel);
+    const Element* next_x = token_of<Element>(args.x, row, begin, channel);
+    const Element* next_gate = token_of<Element>(args.gate, row, begin, channel);
+    const Element* next_dout = token_of<Element>(args.dout, row, begin, channel);
+    Element* next_dgate = mutable_token_of<Element>(args.dgate, row, begin, channel);
+    Element* next_dx = mutable_token_of<Element>(args.dx, row, begin - (kTaps - 1), channel);
     const bool gated = args.gate.data != nullptr, wants_dgate = args.dgate.data != nullptr;
-    const int64_t behind = end + kTaps - 1, known = min(span.end, behind);
-    conv.start(args, gX, span, begin, channel);
+    // Tokens are counted from begin: `count` to work on, of `behind` to walk, of which `known` are
+    // in the sequence.
+    const int count = static_cast<int>(end - begin), behind = count + kTaps - 1;
+    const int known = static_cast<int>(min(span.end - begin, int64_t(behind)));
 
-    for (int64_t first = begin; first < behind; first += kAhead) {
+    for (int first = 0; first < behind; first += kAhead) {
       Vector<Element, kVec> x[kAhead] = {}, gate[kAhead] = {}, dout[kAhead] = {};
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const int64_t t = first + u;
-        if (t >= known) continue;
-        x[u] = load_vector<kVec>(gX + t * args.x.stride1);
-        dout[u] = load_vector<kVec>(gDout + t * args.dout.stride1);
-        if (gated) gate[u] = load_vector<kVec>(gGate + t * args.gate.stride1);
+        if (first + u < known) {
+          x[u] = load_vector<kVec>(next_x);
+          dout[u] = load_vector<kVec>(next_dout);
+          if (gated) gate[u] = load_vector<kVec>(next_gate);
+        }
+        next_x += args.x.stride1, next_dout += args.dout.stride1, next_gate += args.gate.stride1;
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const int64_t t = first + u;
+        const int t = first + u, s = t - (kTaps - 1);
         conv.push(x[u]);
-        float dgate[kVec];
-        push_gradient(t < known, span, dout[u], gate[u], gated, args.silu, dgate);
-        if (t < end) {
+        float dgate[kVec], dx[kVec];
+        push_gradient(t < known, span, dout[u], gate[u], gated, dgate);
+        if (t < count) {
           add_weight_gradient();
-          if (wants_dgate) store_vector(gDgate + t * args.dgate.stride1, dgate);
+          if (wants_dgate) store_vector(next_dgate, dgate);
         }
-        const int64_t s = t - (kTaps - 1);
-        if (s < begin || s >= end) continue;
-        float dx[kVec];
-        input_gradient(args, span, s, channel, dx);
-        store_vector(gDx + s * args.dx.stride1, dx);
+        if (s >= 0 && s < count) {
+          input_gradient(args, span, begin + t, channel, dx);
+          store_vector(next_dx, dx);
+        }
+        next_dgate += args.dgate.stride1, next_dx += args.dx.stride1;
       }
     }
   }
 
+  // The token pushed last into conv is next; its g is 0 when it is not in the sequence.
   __device__ __forceinline__ void push_gradient(bool known, const Span& span,
                                                 const Vector<Element, kVec>& dout,
                                                 const Vector<Element, kVec>& gate, bool gated,
-                                                bool silu, float (&dgate)[kVec]) {
+                                                float (&dgate)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
 #pragma unroll
       for (int j = 1; j < kTaps; ++j) g[j - 1][i] = g[j][i];
       const float factor = gated ? to_float(gate.values[i]) : 1.0f;
       const TokenGradient token =
-          token_gradient(conv.sum(i), to_float(dout.values[i]), factor, silu);
+          token_gradient<kSilu>(conv.sum(i), to_float(dout.values[i]), factor);
       g[kTaps - 1][i] = known ? token.g : absent(span);
       dgate[i] = token.dgate;
     }
@@ -96,27 +101,27 @@ struct ConvGradient {
     }
   }
 
-  // dx of token s, whose last reader is the token pushed last; a token that the final state keeps
-  // has a gradient from there too.
+  // dx of token t - (K-1), whose last reader t was pushed last. When t lies behind the sequence,
+  // the final state keeps that token, and its gradient is added.
   __device__ __forceinline__ void input_gradient(const ConvBackwardArgs& args, const Span& span,
-                                                 int64_t s, int channel, float (&dx)[kVec]) const {
-    const int64_t kept = s - (span.end - (kTaps - 1));
-    const bool final_too = args.dfinal.data != nullptr && kept >= 0 && span.n >= 0;
-    const Element* gFinal =
-        row_of<Element>(args.dfinal, span.n, 0) + channel * args.dfinal.stride1 + kept;
+                                                 int64_t t, int channel, float (&dx)[kVec]) const {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      dx[i] = final_too ? to_float(gFinal[i * args.dfinal.stride1]) : 0.0f;
+      dx[i] = conv.weight[0][i] * g[kTaps - 1][i];
 #pragma unroll
-      for (int j = 0; j < kTaps; ++j) dx[i] += conv.weight[j][i] * g[kTaps - 1 - j][i];
+      for (int j = 1; j < kTaps; ++j) dx[i] += conv.weight[j][i] * g[kTaps - 1 - j][i];
     }
+    if (t < span.end || span.n < 0 || args.dfinal.data == nullptr) return;
+    const Element* gFinal = state_of<Element>(args.dfinal, span.n, channel) + (t - span.end);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) dx[i] += to_float(gFinal[i * args.dfinal.stride1]);
   }
 };
 
-template <class Element, int kTaps, int kVec, class Tile>
+template <class Element, int kTaps, int kVec, class Tile, bool kSilu>
 __global__ void __launch_bounds__(Tile::kThreads) short_conv_bwd_kernel(ConvBackwardArgs args) {
   const ConvPlace place = conv_place<Tile, kVec>(args);
-  ConvGradient<Element, kTaps, kVec> gradient;
+  ConvGradient<Element, kTaps, kVec, kSilu> gradient;
   if (place.channel < args.channels) {
     gradient.conv.load_filter(args, place.channel);
     for (int64_t t = place.begin; t < place.end;) {

@@ -30,7 +30,7 @@ struct ConvArgs {
   int64_t seqlen;
   int64_t row_tiles;  // blocks along T in each batch row
   int channels, channel_tiles;
-  bool silu;
+  bool dense_weight;  // rows of weight follow each other, aligned for vectors
 };
 
 struct ConvBackwardArgs : ConvArgs {
@@ -42,17 +42,37 @@ struct ConvBackwardArgs : ConvArgs {
   int64_t tiles;
 };
 
+// Element (row, 0, channel), or (row, t, channel), of a slab.
 template <class Element>
 __device__ __forceinline__ const Element* row_of(const Slab& slab, int64_t row, int channel) {
   return static_cast<const Element*>(slab.data) + row * slab.stride0 + channel;
 }
 
 template <class Element>
-__device__ __forceinline__ Element* mutable_row_of(const Slab& slab, int64_t row, int channel) {
-  return static_cast<Element*>(slab.data) + row * slab.stride0 + channel;
+__device__ __forceinline__ const Element* token_of(const Slab& slab, int64_t row, int64_t t,
+                                                   int channel) {
+  return row_of<Element>(slab, row, channel) + t * slab.stride1;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+template <class Element>
+__device__ __forceinline__ Element* mutable_token_of(const Slab& slab, int64_t row, int64_t t,
+                                                     int channel) {
+  return const_cast<Element*>(token_of<Element>(slab, row, t, channel));
+}
+
+// The K-1 values of a channel in a state.
+template <class Element>
+__device__ __forceinline__ Element* state_of(const Slab& state, int64_t n, int channel) {
+  return mutable_token_of<Element>(state, n, channel, 0);
+}
+
+// 1 / (1 + exp(-x)); its limits are exact.
+__device__ __forceinline__ float sigmoid(float x) {
+  float power, result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+  return result;
+}
 
 // The batch row, first token and channels of a thread. Neighbouring blocks are neighbouring
 // channels.
@@ -87,14 +107,27 @@ struct Convolution {
   float weight[kTaps][kVec], bias[kVec], window[kTaps][kVec];
 
   __device__ __forceinline__ void load_filter(const ConvArgs& args, int channel) {
-    const Element* gWeight = row_of<Element>(args.weight, 0, 0) + channel * args.weight.stride0;
+    const Element* gWeight = row_of<Element>(args.weight, channel, 0);
     const Element* gBias = static_cast<const Element*>(args.bias);
+    Vector<Element, kVec> taps[kTaps];  // (kVec, kTaps), as in memory
+#pragma unroll
+    for (int n = 0; n < kTaps; ++n) {
+      if (args.dense_weight) {
+        taps[n] = load_vector<kVec>(gWeight + n * kVec);
+        continue;
+      }
+#pragma unroll
+      for (int m = 0; m < kVec; ++m) {
+        const int i = (n * kVec + m) / kTaps, j = (n * kVec + m) % kTaps;
+        taps[n].values[m] = gWeight[i * args.weight.stride0 + j];
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       bias[i] = gBias == nullptr ? 0.0f : to_float(gBias[channel + i]);
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) {
-        weight[j][i] = to_float(gWeight[i * args.weight.stride0 + j]);
+        weight[j][i] = to_float(taps[(i * kTaps + j) / kVec].values[(i * kTaps + j) % kVec]);
       }
     }
   }
@@ -111,8 +144,8 @@ struct Convolution {
         continue;
       }
       const bool stored = args.initial.data != nullptr && span.n >= 0;
-      const Element* gState = row_of<Element>(args.initial, span.n, 0) +
-                              channel * args.initial.stride1 + (s - span.begin + kTaps - 1);
+      const Element* gState =
+          state_of<Element>(args.initial, span.n, channel) + (s - span.begin + kTaps - 1);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         window[j][i] = stored ? to_float(gState[i * args.initial.stride1]) : absent(span);

@@ -10,28 +10,29 @@ namespace based::cuda {
 
 // One thread per kVec channels and run of tokens. A run that crosses from one packed sequence into
 // the next starts again there with that sequence's initial state.
-template <class Element, int kTaps, int kVec, class Tile>
+template <class Element, int kTaps, int kVec, class Tile, bool kSilu>
 __global__ void __launch_bounds__(Tile::kThreads) short_conv_fwd_kernel(ConvArgs args) {
   const ConvPlace place = conv_place<Tile, kVec>(args);
   if (place.channel >= args.channels) return;
   const Element* gX = row_of<Element>(args.x, place.row, place.channel);
-  const Element* gGate = row_of<Element>(args.gate, place.row, place.channel);
-  Element* gOut = mutable_row_of<Element>(args.out, place.row, place.channel);
   const bool gated = args.gate.data != nullptr;
   Convolution<Element, kTaps, kVec> conv;
   conv.load_filter(args, place.channel);
 
   for (int64_t t = place.begin; t < place.end;) {
     const Span span = span_at(args, place.row, t);
-    const int64_t end = min(span.end, place.end);
+    const int count = static_cast<int>(min(span.end, place.end) - t);
     conv.start(args, gX, span, t, place.channel);
-    for (; t < end; t += Tile::kAhead) {
+    const Element* next_x = gX + t * args.x.stride1;
+    const Element* next_gate = token_of<Element>(args.gate, place.row, t, place.channel);
+    Element* next_out = mutable_token_of<Element>(args.out, place.row, t, place.channel);
+    for (int left = count; left > 0; left -= Tile::kAhead) {
       Vector<Element, kVec> x[Tile::kAhead] = {}, gate[Tile::kAhead] = {};
 #pragma unroll
       for (int u = 0; u < Tile::kAhead; ++u) {
-        if (t + u >= end) continue;
-        x[u] = load_vector<kVec>(gX + (t + u) * args.x.stride1);
-        if (gated) gate[u] = load_vector<kVec>(gGate + (t + u) * args.gate.stride1);
+        if (u < left) x[u] = load_vector<kVec>(next_x);
+        if (u < left && gated) gate[u] = load_vector<kVec>(next_gate);
+        next_x += args.x.stride1, next_gate += args.gate.stride1;
       }
 #pragma unroll
       for (int u = 0; u < Tile::kAhead; ++u) {
@@ -39,14 +40,18 @@ __global__ void __launch_bounds__(Tile::kThreads) short_conv_fwd_kernel(ConvArgs
         float out[kVec];
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          const float sum = conv.sum(i);
-          out[i] = args.silu ? sum * sigmoid(sum) : sum;
-          if (gated) out[i] *= to_float(gate[u].values[i]);
+          out[i] = conv.sum(i);
+          if (kSilu) out[i] *= sigmoid(out[i]);
         }
-        if (t + u < end) store_vector(gOut + (t + u) * args.out.stride1, out);
+        if (gated) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) out[i] *= to_float(gate[u].values[i]);
+        }
+        if (u < left) store_vector(next_out, out);
+        next_out += args.out.stride1;
       }
     }
-    t = end;
+    t += count;
   }
 }
 

@@ -16,13 +16,18 @@ constexpr int kStateThreads = 256;
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// fn(Int<K>{}) for K = 2..8 taps, which validate has made sure of.
+// fn(Int<K>{}, std::bool_constant<silu>{}) for K = 2..8 taps, which validate has made sure of.
 template <int kTaps = 2, class Fn>
-Status dispatch_taps(const char* op, int64_t taps, const Fn& fn) {
-  if (taps == kTaps) return fn(Int<kTaps>{});
-  if constexpr (kTaps < kConvMaxTaps) return dispatch_taps<kTaps + 1>(op, taps, fn);
-  return make_status(StatusCode::kUnsupported, "%s: weight: expected K = 2..8 taps, got %lld", op,
-                     static_cast<long long>(taps));
+Status dispatch_filter(const char* op, int64_t taps, Activation activation, const Fn& fn) {
+  if constexpr (kTaps < kConvMaxTaps) {
+    if (taps != kTaps) return dispatch_filter<kTaps + 1>(op, taps, activation, fn);
+  }
+  if (taps != kTaps) {
+    return make_status(StatusCode::kUnsupported, "%s: weight: expected K = 2..8 taps, got %lld", op,
+                       static_cast<long long>(taps));
+  }
+  return activation == Activation::kSilu ? fn(Int<kTaps>{}, std::true_type{})
+                                         : fn(Int<kTaps>{}, std::false_type{});
 }
 
 // Whether vectors of `bytes` of a (B, T, C) tensor are aligned, every row and token of it.
@@ -38,8 +43,8 @@ bool is_aligned(const TensorView& view, int64_t bytes, int64_t element_size) {
 // fn(Int<channels per vector>{}): kVec where every tensor is aligned to that, else 1.
 template <class Element, int kVec, class Fn, class... Views>
 Status dispatch_vector(int64_t channels, const Fn& fn, const Views&... views) {
-  constexpr int kBytes = kVec * sizeof(Element);
-  const bool aligned = channels % kVec == 0 && (is_aligned(views, kBytes, sizeof(Element)) && ...);
+  constexpr int kSize = sizeof(Element), kBytes = kVec * kSize;
+  const bool aligned = channels % kVec == 0 && (is_aligned(views, kBytes, kSize) && ...);
   return aligned ? fn(Int<kVec>{}) : fn(Int<1>{});
 }
 
@@ -52,7 +57,6 @@ ConvArgs arguments(const ShortConvParams& p) {
   args.weight = slab(p.weight), args.bias = p.bias.rank < 0 ? nullptr : p.bias.data;
   args.cu_seqlens = index_vector(p.cu_seqlens);
   args.seqlen = p.x.size[1], args.channels = static_cast<int>(p.x.size[2]);
-  args.silu = p.activation == Activation::kSilu;
   return args;
 }
 
@@ -72,11 +76,13 @@ Status with_grid(const char* op, int64_t blocks, const Fn& launch) {
   return launch_status(op);
 }
 
-// Tiles of the whole batch; args gets the layout of the grid.
-template <class Tile>
-int64_t lay_out(const ShortConvParams& p, int64_t vec, ConvArgs& args) {
+// Tiles of the whole batch; args gets the layout of the grid, and of the weights.
+template <class Element, class Tile>
+int64_t lay_out(const ShortConvParams& p, int vec, ConvArgs& args) {
   args.row_tiles = ceil_div(args.seqlen, Tile::kTokens);
   args.channel_tiles = static_cast<int>(ceil_div(args.channels, vec * kConvLanes));
+  args.dense_weight = p.weight.stride[0] == p.weight.size[1] &&
+                      reinterpret_cast<uintptr_t>(p.weight.data) % (vec * sizeof(Element)) == 0;
   return p.x.size[0] * args.row_tiles;
 }
 
@@ -104,16 +110,16 @@ Status short_conv(const ShortConvParams& p, void*, Stream stream_) {
     }
     const auto launch = [&](auto vec) {
       using Tile = ConvForwardTile;
-      const int64_t tiles = lay_out<Tile>(p, vec, args);
-      return dispatch_taps(op, taps, [&](auto k) {
+      const int64_t tiles = lay_out<Element, Tile>(p, vec, args);
+      return dispatch_filter(op, taps, p.activation, [&](auto k, auto silu) {
         return with_grid(op, tiles * args.channel_tiles, [&](unsigned grid) {
-          short_conv_fwd_kernel<Element, k(), vec(), Tile>
+          short_conv_fwd_kernel<Element, k(), vec(), Tile, silu()>
               <<<grid, Tile::kThreads, 0, stream>>>(args);
         });
       });
     };
-    return dispatch_vector<Element, kConvForwardBytes / int(sizeof(Element))>(args.channels, launch,
-                                                                              p.x, p.gate, p.out);
+    constexpr int kVec = kConvForwardBytes / sizeof(Element);
+    return dispatch_vector<Element, kVec>(args.channels, launch, p.x, p.gate, p.out);
   });
 }
 
@@ -138,15 +144,15 @@ Status short_conv_backward(const ShortConvBackwardParams& p, void* workspace, St
     using Element = typename decltype(type)::type;
     const auto launch = [&](auto vec) {
       using Tile = ConvBackwardTile;
-      const int64_t tiles = lay_out<Tile>(p, vec, args);
-      return dispatch_taps(op, taps, [&](auto k) {
+      const int64_t tiles = lay_out<Element, Tile>(p, vec, args);
+      return dispatch_filter(op, taps, p.activation, [&](auto k, auto silu) {
         status = with_grid(op, tiles * args.channel_tiles, [&](unsigned grid) {
-          short_conv_bwd_kernel<Element, k(), vec(), Tile>
+          short_conv_bwd_kernel<Element, k(), vec(), Tile, silu()>
               <<<grid, Tile::kThreads, 0, stream>>>(args);
         });
         if (!status.ok() || p.dinitial_state.rank < 0) return status;
         return with_grid(op, ceil_div(n * args.channels, kStateThreads), [&](unsigned grid) {
-          short_conv_initial_gradient_kernel<Element, k()>
+          short_conv_initial_gradient_kernel<Element, k(), silu()>
               <<<grid, kStateThreads, 0, stream>>>(args, n);
         });
       });
@@ -171,13 +177,13 @@ Status short_conv_decode(const ShortConvDecodeParams& p, void*, Stream stream) {
   args.bias = p.bias.rank < 0 ? nullptr : p.bias.data;
   args.state_indices = index_vector(p.state_indices);
   args.batch = p.x.size[0], args.slots = p.conv_state.size[0];
-  args.channels = static_cast<int>(p.x.size[1]), args.silu = p.activation == Activation::kSilu;
+  args.channels = static_cast<int>(p.x.size[1]);
   return dispatch_element(op, p.x.dtype, [&](auto type) {
     using Element = typename decltype(type)::type;
-    return dispatch_taps(op, p.weight.size[1], [&](auto k) {
+    return dispatch_filter(op, p.weight.size[1], p.activation, [&](auto k, auto silu) {
       const int64_t blocks = ceil_div(args.batch * args.channels, kStateThreads);
       return with_grid(op, blocks, [&](unsigned grid) {
-        short_conv_decode_kernel<Element, k()>
+        short_conv_decode_kernel<Element, k(), silu()>
             <<<grid, kStateThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
       });
     });

@@ -27,9 +27,8 @@ __global__ void short_conv_final_state_kernel(ConvArgs args, int64_t rows, int t
   const Span span = state_span(args, n);
   const bool packed = args.cu_seqlens.data != nullptr;
   const Element* gX = row_of<Element>(args.x, packed ? 0 : n, channel);
-  const Element* gInitial = row_of<Element>(args.initial, n, 0) + channel * args.initial.stride1;
-  Element* gFinal =
-      mutable_row_of<Element>(args.final_state, n, 0) + channel * args.final_state.stride1;
+  const Element* gInitial = state_of<Element>(args.initial, n, channel);
+  Element* gFinal = state_of<Element>(args.final_state, n, channel);
   for (int i = 0; i < taps - 1; ++i) {
     const int64_t s = span.end - (taps - 1) + i;
     Element value = from_float<Element>(absent(span));
@@ -43,7 +42,7 @@ __global__ void short_conv_final_state_kernel(ConvArgs args, int64_t rows, int t
 }
 
 // dinitial_n: the gradient of the K-1 inputs before sequence n, from g of its first K-1 tokens.
-template <class Element, int kTaps>
+template <class Element, int kTaps, bool kSilu>
 __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_t rows) {
   int64_t n;
   int channel;
@@ -53,10 +52,9 @@ __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_
   const Element* gX = row_of<Element>(args.x, row, channel);
   const Element* gGate = row_of<Element>(args.gate, row, channel);
   const Element* gDout = row_of<Element>(args.dout, row, channel);
-  Element* gDinitial =
-      mutable_row_of<Element>(args.dinitial, n, 0) + channel * args.dinitial.stride1;
+  Element* gDinitial = state_of<Element>(args.dinitial, n, channel);
   const bool gated = args.gate.data != nullptr;
-  ConvGradient<Element, kTaps, 1> gradient;
+  ConvGradient<Element, kTaps, 1, kSilu> gradient;
   gradient.conv.load_filter(args, channel);
   gradient.conv.start(args, gX, span, span.begin, channel);
 #pragma unroll
@@ -71,10 +69,10 @@ __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_
       dout = load_vector<1>(gDout + t * args.dout.stride1);
       if (gated) gate = load_vector<1>(gGate + t * args.gate.stride1);
     }
-    gradient.conv.push(x);
     float dgate[1], dx[1];
-    gradient.push_gradient(known, span, dout, gate, gated, args.silu, dgate);
-    gradient.input_gradient(args, span, t - (kTaps - 1), channel, dx);
+    gradient.conv.push(x);
+    gradient.push_gradient(known, span, dout, gate, gated, dgate);
+    gradient.input_gradient(args, span, t, channel, dx);
     gDinitial[i] = from_float<Element>(dx[0]);
   }
 }
@@ -89,23 +87,22 @@ struct ConvDecodeArgs {
   IndexVector state_indices;
   int64_t batch, slots;
   int channels;
-  bool silu;
 };
 
-template <class Element, int kTaps>
+template <class Element, int kTaps, bool kSilu>
 __global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t row = index / args.channels;
   const int channel = static_cast<int>(index % args.channels);
   if (row >= args.batch) return;
   const int64_t slot = args.state_indices.data == nullptr ? row : args.state_indices[row];
-  Element* gOut = mutable_row_of<Element>(args.out, row, channel);
+  Element* gOut = mutable_token_of<Element>(args.out, row, 0, channel);
   if (slot < 0 || slot >= args.slots) {
     *gOut = from_float<Element>(absent({slot == -1 ? 0 : -1, 0, 0}));
     return;
   }
-  const Element* gWeight = row_of<Element>(args.weight, 0, 0) + channel * args.weight.stride0;
-  Element* gState = mutable_row_of<Element>(args.state, slot, 0) + channel * args.state.stride1;
+  const Element* gWeight = row_of<Element>(args.weight, channel, 0);
+  Element* gState = state_of<Element>(args.state, slot, channel);
   Element inputs[kTaps];
 #pragma unroll
   for (int j = 0; j < kTaps - 1; ++j) inputs[j] = gState[j];
@@ -114,7 +111,7 @@ __global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
       args.bias == nullptr ? 0.0f : to_float(static_cast<const Element*>(args.bias)[channel]);
 #pragma unroll
   for (int j = 0; j < kTaps; ++j) sum += to_float(gWeight[j]) * to_float(inputs[j]);
-  if (args.silu) sum *= sigmoid(sum);
+  if (kSilu) sum *= sigmoid(sum);
   if (args.gate.data != nullptr) sum *= to_float(*row_of<Element>(args.gate, row, channel));
   *gOut = from_float<Element>(sum);
 #pragma unroll

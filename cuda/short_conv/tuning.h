@@ -17,7 +17,7 @@ struct ConvTile {
   static_assert(kRun % kAhead == 0, "a run is whole steps");
 };
 
-using ConvForwardTile = ConvTile<16, 4, 8>;
+using ConvForwardTile = ConvTile<16, 2, 4>;
 using ConvBackwardTile = ConvTile<32, 2, 4>;
 
 }  // namespace based::cuda
