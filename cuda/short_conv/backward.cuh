@@ -157,6 +157,42 @@ __global__ void __launch_bounds__(Tile::kThreads) short_conv_bwd_kernel(ConvBack
   }
 }
 
+// dinitial_n: the gradient of the K-1 inputs before sequence n, from g of its first K-1 tokens.
+template <class Element, int kTaps, bool kSilu>
+__global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_t rows) {
+  int64_t n;
+  int channel;
+  if (!state_place(args, rows, n, channel)) return;
+  const Span span = state_span(args, n);
+  const int64_t row = args.cu_seqlens.data != nullptr ? 0 : n;
+  const Element* gX = row_of<Element>(args.x, row, channel);
+  const Element* gGate = row_of<Element>(args.gate, row, channel);
+  const Element* gDout = row_of<Element>(args.dout, row, channel);
+  Element* gDinitial = state_of<Element>(args.dinitial, n, channel);
+  const bool gated = args.gate.data != nullptr;
+  ConvGradient<Element, kTaps, 1, kSilu> gradient;
+  gradient.conv.load_filter(args, channel);
+  gradient.conv.start(args, gX, span, span.begin, channel);
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) gradient.g[j][0] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kTaps - 1; ++i) {
+    const int64_t t = span.begin + i;
+    const bool known = t < span.end;
+    Vector<Element, 1> x = {}, gate = {}, dout = {};
+    if (known) {
+      x = load_vector<1>(gX + t * args.x.stride1);
+      dout = load_vector<1>(gDout + t * args.dout.stride1);
+      if (gated) gate = load_vector<1>(gGate + t * args.gate.stride1);
+    }
+    float dgate[1], dx[1];
+    gradient.conv.push(x);
+    gradient.push_gradient(known, span, dout, gate, gated, dgate);
+    gradient.input_gradient(args, span, t, channel, dx);
+    gDinitial[i] = from_float<Element>(dx[0]);
+  }
+}
+
 constexpr int kReduceRows = 8;
 
 // dweight and dbias from the partial sums of all tiles. A block has 32 channels of one tap (the

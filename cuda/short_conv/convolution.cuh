@@ -96,6 +96,19 @@ __device__ __forceinline__ Span span_at(const ConvArgs& args, int64_t row, int64
   return sequence_at(args.cu_seqlens, t, args.seqlen);
 }
 
+// The place of a thread: sequence (or row) n and a channel; false when there is none.
+__device__ __forceinline__ bool state_place(const ConvArgs& args, int64_t rows, int64_t& n,
+                                            int& channel) {
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  n = index / args.channels, channel = static_cast<int>(index % args.channels);
+  return n < rows;
+}
+
+__device__ __forceinline__ Span state_span(const ConvArgs& args, int64_t n) {
+  if (args.cu_seqlens.data == nullptr) return {n, 0, args.seqlen};
+  return sequence(args.cu_seqlens, n, args.seqlen);
+}
+
 // What stands for a value that is nowhere: 0 before and after a sequence, NaN outside of all.
 __device__ __forceinline__ float absent(const Span& span) {
   return span.n < 0 ? __int_as_float(0x7fffffff) : 0.0f;

@@ -1,22 +1,9 @@
-// The states of the short convolution: small kernels of one thread per (sequence, channel).
+// The final state, and decoding: small kernels of one thread per row and channel.
 #pragma once
 
-#include "short_conv/backward.cuh"
+#include "short_conv/convolution.cuh"
 
 namespace based::cuda {
-
-// The place of a thread: sequence (or row) n and a channel; false when there is none.
-__device__ __forceinline__ bool state_place(const ConvArgs& args, int64_t rows, int64_t& n,
-                                            int& channel) {
-  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  n = index / args.channels, channel = static_cast<int>(index % args.channels);
-  return n < rows;
-}
-
-__device__ __forceinline__ Span state_span(const ConvArgs& args, int64_t n) {
-  if (args.cu_seqlens.data == nullptr) return {n, 0, args.seqlen};
-  return sequence(args.cu_seqlens, n, args.seqlen);
-}
 
 // final_state_n = the last K-1 inputs of sequence n, which may reach back into its initial state.
 template <class Element>
@@ -38,42 +25,6 @@ __global__ void short_conv_final_state_kernel(ConvArgs args, int64_t rows, int t
       value = gInitial[s - span.begin + taps - 1];
     }
     gFinal[i] = value;
-  }
-}
-
-// dinitial_n: the gradient of the K-1 inputs before sequence n, from g of its first K-1 tokens.
-template <class Element, int kTaps, bool kSilu>
-__global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_t rows) {
-  int64_t n;
-  int channel;
-  if (!state_place(args, rows, n, channel)) return;
-  const Span span = state_span(args, n);
-  const int64_t row = args.cu_seqlens.data != nullptr ? 0 : n;
-  const Element* gX = row_of<Element>(args.x, row, channel);
-  const Element* gGate = row_of<Element>(args.gate, row, channel);
-  const Element* gDout = row_of<Element>(args.dout, row, channel);
-  Element* gDinitial = state_of<Element>(args.dinitial, n, channel);
-  const bool gated = args.gate.data != nullptr;
-  ConvGradient<Element, kTaps, 1, kSilu> gradient;
-  gradient.conv.load_filter(args, channel);
-  gradient.conv.start(args, gX, span, span.begin, channel);
-#pragma unroll
-  for (int j = 0; j < kTaps; ++j) gradient.g[j][0] = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kTaps - 1; ++i) {
-    const int64_t t = span.begin + i;
-    const bool known = t < span.end;
-    Vector<Element, 1> x = {}, gate = {}, dout = {};
-    if (known) {
-      x = load_vector<1>(gX + t * args.x.stride1);
-      dout = load_vector<1>(gDout + t * args.dout.stride1);
-      if (gated) gate = load_vector<1>(gGate + t * args.gate.stride1);
-    }
-    float dgate[1], dx[1];
-    gradient.conv.push(x);
-    gradient.push_gradient(known, span, dout, gate, gated, dgate);
-    gradient.input_gradient(args, span, t, channel, dx);
-    gDinitial[i] = from_float<Element>(dx[0]);
   }
 }
 

@@ -1,0 +1,88 @@
+// Params -> kernel arguments and grids, shared by the launchers of the short convolution.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "primitives/dispatch.h"
+#include "short_conv/convolution.cuh"
+#include "validate.h"
+
+namespace based::cuda {
+
+constexpr int kStateThreads = 256;  // of the kernels with a thread per row and channel
+
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
+// fn(Int<K>{}, std::bool_constant<silu>{}) for K = 2..8 taps, which validate has made sure of.
+template <int kTaps = 2, class Fn>
+Status dispatch_filter(const char* op, int64_t taps, Activation activation, const Fn& fn) {
+  if constexpr (kTaps < kConvMaxTaps) {
+    if (taps != kTaps) return dispatch_filter<kTaps + 1>(op, taps, activation, fn);
+  }
+  if (taps != kTaps) {
+    return make_status(StatusCode::kUnsupported, "%s: weight: expected K = 2..8 taps, got %lld", op,
+                       static_cast<long long>(taps));
+  }
+  return activation == Activation::kSilu ? fn(Int<kTaps>{}, std::true_type{})
+                                         : fn(Int<kTaps>{}, std::false_type{});
+}
+
+// Whether vectors of `bytes` of a (B, T, C) tensor are aligned, every row and token of it.
+inline bool is_aligned(const TensorView& view, int64_t bytes, int64_t element_size) {
+  if (view.rank < 0) return true;
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
+  for (int i = 0; i < view.rank - 1; ++i) {
+    aligned = aligned && (view.size[i] <= 1 || view.stride[i] * element_size % bytes == 0);
+  }
+  return aligned;
+}
+
+// fn(Int<channels per vector>{}): kVec where every tensor is aligned to that, else 1.
+template <class Element, int kVec, class Fn, class... Views>
+Status dispatch_vector(int64_t channels, const Fn& fn, const Views&... views) {
+  constexpr int kSize = sizeof(Element), kBytes = kVec * kSize;
+  const bool aligned = channels % kVec == 0 && (is_aligned(views, kBytes, kSize) && ...);
+  return aligned ? fn(Int<kVec>{}) : fn(Int<1>{});
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline ConvArgs arguments(const ShortConvParams& p) {
+  ConvArgs args{};
+  args.x = slab(p.x), args.gate = slab(p.gate), args.out = slab(p.out);
+  args.initial = slab(p.initial_state), args.final_state = slab(p.final_state);
+  args.weight = slab(p.weight), args.bias = p.bias.rank < 0 ? nullptr : p.bias.data;
+  args.cu_seqlens = index_vector(p.cu_seqlens);
+  args.seqlen = p.x.size[1], args.channels = static_cast<int>(p.x.size[2]);
+  return args;
+}
+
+inline int64_t sequences(const ShortConvParams& p) {
+  return p.cu_seqlens.rank < 0 ? p.x.size[0] : p.cu_seqlens.size[0] - 1;
+}
+
+// Blocks of a grid as what a launch takes; a Status when there are too many.
+template <class Fn>
+Status with_grid(const char* op, int64_t blocks, const Fn& launch) {
+  if (blocks <= 0) return {};
+  if (blocks > std::numeric_limits<int32_t>::max()) {
+    return make_status(StatusCode::kUnsupported,
+                       "%s: x: expected fewer than 2^31 blocks of work, got more", op);
+  }
+  launch(static_cast<unsigned>(blocks));
+  return launch_status(op);
+}
+
+// Tiles of the whole batch; args gets the layout of the grid, and of the weights.
+template <class Element, class Tile>
+int64_t lay_out(const ShortConvParams& p, int vec, ConvArgs& args) {
+  args.row_tiles = ceil_div(args.seqlen, Tile::kTokens);
+  args.channel_tiles = static_cast<int>(ceil_div(args.channels, vec * kConvLanes));
+  args.dense_weight = p.weight.stride[0] == p.weight.size[1] &&
+                      reinterpret_cast<uintptr_t>(p.weight.data) % (vec * sizeof(Element)) == 0;
+  return p.x.size[0] * args.row_tiles;
+}
+
+}  // namespace based::cuda
