@@ -34,7 +34,8 @@ def _autocast(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 
 def _default_scale(q: Tensor) -> float:
     """width ** -0.5; an empty width is left to the op's own check."""
-    return q.shape[-1] ** -0.5 if q.ndim > 0 and q.shape[-1] > 0 else 1.0
+    shape = q.shape
+    return shape[-1] ** -0.5 if shape and shape[-1] > 0 else 1.0
 
 
 def _forbid_grad(op: str, **tensors: Tensor | None) -> None:
