@@ -19,6 +19,7 @@ from based_model.config import ModelConfig
 from based_ops import (
     linear_attention,
     linear_attention_decode,
+    linear_attention_decode_deferred,
     short_conv,
     short_conv_decode,
     sliding_window_attention,
@@ -39,6 +40,7 @@ class Span:
     sequence: Tensor | None = None  # (T,) the packed sequence of every token
     slots: int = 0  # tokens in the longest sequence after this call; counted for attention only
     output_state: bool = False
+    fill: Tensor | None = None  # (N,) in decode: tokens that wait in the rings of linear layers
 
     def run(self, op: Callable, *args, initial_state, **kwargs):
         """(out, final state or None) of a sequence op of based_ops."""
@@ -55,7 +57,8 @@ class Span:
 class LinearMixer(nn.Module):
     """Global causal linear attention under the Taylor feature map.
 
-    State: kv_state (N,H,F,V) and k_state (N,H,F), fp32 or wider.
+    State: kv_state (N,H,F,V) and k_state (N,H,F), fp32 or wider. In decode there may also be
+    rings of tokens that these do not hold yet, pending_k (N,C,H,D) and pending_v (N,C,H,V).
     """
 
     def __init__(self, config: ModelConfig):
@@ -84,8 +87,23 @@ class LinearMixer(nn.Module):
         out, state = span.run(linear_attention, q, k, v, initial_state=state)
         return self.out_proj(out.flatten(-2)), state
 
+    def rings(self, state: LayerState, capacity: int) -> tuple[Tensor, Tensor]:
+        """Rings of so many tokens to go with a state, none of them there yet."""
+        weight, (rows, _, _, head_dim) = self.q_proj.weight, state[0].shape
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        widths = (weight.shape[0] // self.nheads, head_dim)
+        return tuple(
+            torch.empty(rows, capacity, self.nheads, n, dtype=dtype, device=weight.device)
+            for n in widths
+        )
+
     def decode(self, x: Tensor, state: LayerState, span: Span):
-        out = linear_attention_decode(*self._qkv(x), *state)
+        if span.fill is None:
+            out = linear_attention_decode(*self._qkv(x), *state)
+        else:
+            out = linear_attention_decode_deferred(*self._qkv(x), *state, span.fill)
         return self.out_proj(out.flatten(-2)), state
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from based_model.config import ModelConfig
-from based_model.mixers import MIXERS, LayerState, Span
+from based_model.mixers import MIXERS, LayerState, LinearMixer, Span
+from based_ops import linear_attention_fold
 
 
 @dataclass
@@ -26,15 +27,32 @@ class ModelState:
 
     layers[i] is the state of layer i, as its mixer describes it. positions (N,) int64 counts the
     tokens each sequence has seen, for all layers. Only attention layers' states grow with it.
+
+    After Based.defer_writes(), the last fill (N,) of these tokens wait in the rings of the linear
+    layers, which hold `capacity`. All but decode() and clone() makes the state plain again first.
     """
 
     layers: list[LayerState]
     positions: Tensor
+    fill: Tensor | None = None
+    capacity: int = 0
 
     def clone(self) -> "ModelState":
         """A copy that shares no memory: continue one prefix in several ways."""
         layers = [tuple(x.clone() for x in layer) for layer in self.layers]
-        return ModelState(layers, self.positions.clone())
+        fill = None if self.fill is None else self.fill.clone()
+        return ModelState(layers, self.positions.clone(), fill, self.capacity)
+
+    @torch.no_grad()
+    def fold(self):
+        """The plain form, in place: no token waits in a ring."""
+        if self.fill is None:
+            return
+        for i, layer in enumerate(self.layers):
+            if len(layer) == 4:
+                linear_attention_fold(*layer, self.fill)
+                self.layers[i] = layer[:2]
+        self.fill = None
 
     def nbytes(self) -> int:
         """Bytes of all tensors in the state."""
@@ -136,6 +154,8 @@ class Based(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """forward() without the output layer: ((B,T,d_model), new state or None)."""
+        if state is not None:
+            state.fold()
         rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         start = tokens.new_zeros(rows, dtype=torch.int64) if state is None else state.positions
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
@@ -190,12 +210,23 @@ class Based(nn.Module):
         """One token per row: tokens (N,) -> logits (N,vocab_size), state moves on in place."""
         positions = state.positions
         slots = self._slots(positions + 1)
-        span = Span(positions, positions, self._rotary(positions), slots=slots)
+        span = Span(positions, positions, self._rotary(positions), slots=slots, fill=state.fill)
         x = self._embed(tokens)
         for i, layer in enumerate(self.layers):
             x, state.layers[i] = layer.decode(x, state.layers[i], span)
         state.positions += 1
+        if state.fill is not None:
+            state.fill.add_(1).remainder_(state.capacity)
         return self.logits(x)
+
+    def defer_writes(self, state: ModelState, capacity: int = 16):
+        """From here on, decode() writes linear layers' states every capacity-th token only."""
+        if state.fill is not None:
+            return
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, LinearMixer):
+                state.layers[i] += layer.mixer.rings(state.layers[i], capacity)
+        state.fill, state.capacity = torch.zeros_like(state.positions), capacity
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

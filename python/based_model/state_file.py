@@ -36,6 +36,7 @@ class Prefix:
         def repeat(x: Tensor) -> Tensor:
             return x.repeat_interleave(copies, 0)
 
+        self.state.fold()
         layers = [tuple(repeat(x) for x in layer) for layer in self.state.layers]
         return Prefix(ModelState(layers, repeat(self.state.positions)), repeat(self.logits))
 
@@ -44,6 +45,7 @@ def save_prefix(path: Path, prefix: Prefix, model: Based):
     """Writes a Prefix of this model, replacing what is at path."""
     from safetensors.torch import save
 
+    prefix.state.fold()
     tensors = {"logits": prefix.logits, "positions": prefix.state.positions}
     for i, layer in enumerate(prefix.state.layers):
         tensors |= {f"layers.{i}.{j}": x for j, x in enumerate(layer)}

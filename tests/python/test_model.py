@@ -167,6 +167,28 @@ def test_packed_equals_separate(layers):
         assert_same_state(row, expected, layers)
 
 
+@pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
+def test_deferred_writes_change_nothing_but_the_form(layers):
+    """Decoding, copies on the way, and whatever needs the plain form: it makes it."""
+    model, tokens = tiny_model(layers), tokens_of(2, 17)
+    expected, final = model(tokens, output_state=True)
+    _, state = model.prefill(tokens[:, :3])
+    model.defer_writes(state, capacity=4)
+    for t in range(3, 9):
+        assert_same(model.decode(tokens[:, t], state), expected[:, t].detach())
+        copy = state.clone()
+    assert state.fill.tolist() == [2, 2]
+    logits, state = model(tokens[:, 9:12], state, output_state=True)
+    assert state.fill is None
+    assert_same(logits, expected[:, 9:12])
+    model.defer_writes(state, capacity=4)
+    for t in range(12, 17):
+        assert_same(model.decode(tokens[:, t], state), expected[:, t].detach())
+    state.fold()
+    assert_same_state(state, final, layers)
+    assert_same(model.decode(tokens[:, 9], copy), expected[:, 9].detach())
+
+
 def test_prefill_gives_the_last_logits_of_each_prompt():
     model, tokens = tiny_model(), tokens_of(1, 9)
     logits, state = model.prefill(tokens, cu_seqlens=torch.tensor([0, 2, 9]))
