@@ -193,6 +193,42 @@ def test_linear_attention_decode(seed, choice, nheads, feature_dim, head_dim, no
 
 
 @bounded
+@given(seeds, st.data(), slot_choices(), small, st.integers(1, 12), st.integers(1, 20), dtypes)
+def test_linear_attention_decode_deferred(seed, data, choice, nheads, head_dim, capacity, dtype):
+    """One token, then the plain form of what it leaves, next to the definition on all tokens."""
+    torch.manual_seed(seed)
+    batch = choice[0].numel()
+    past = (randn(SLOTS, 5, nheads, n) for n in (5, 5, head_dim))
+    pool = [x.to(state_dtype(dtype)) for x in oracle.linear_attention(*past)[1:]]
+    rings = [randn(SLOTS, capacity, nheads, n, dtype=dtype) for n in (5, head_dim)]
+    fill = data.draw(st.lists(st.integers(0, capacity - 1), min_size=batch, max_size=batch))
+    fill = torch.tensor(fill, dtype=torch.int64)
+    token = [randn(batch, nheads, n, dtype=dtype) for n in (5, 5, head_dim)]
+    waiting = [x.clone() for x in rings]
+
+    def definition(rows, *state):
+        results = []
+        for i, (row, slot) in enumerate(zip(rows, choice[2])):
+            k, v = (
+                torch.cat([ring[slot, : fill[row]], x[row, None]])[None]
+                for ring, x in zip(waiting, token[1:])
+            )
+            q = token[0][row].expand_as(k[0])[None]
+            alone = [x[i : i + 1] for x in state]
+            out, *after = oracle.linear_attention(q, k, v, initial_state=alone)
+            results.append((out[:, -1:], *after))
+        return [torch.cat(x) for x in zip(*results)]
+
+    def step():
+        options = {"state_indices": choice[0]}
+        out = based_ops.linear_attention_decode_deferred(*token, *pool, *rings, fill, **options)
+        based_ops.linear_attention_fold(*pool, *rings, (fill + 1) % capacity, **options)
+        return out
+
+    check_step(step, definition, choice, pool, dtype)
+
+
+@bounded
 @given(seeds, st.data(), slot_choices(), small, st.integers(1, 40), st.integers(1, 20), dtypes)
 def test_sliding_window_decode(seed, data, choice, nheads, head_dim, window, dtype):
     torch.manual_seed(seed)
