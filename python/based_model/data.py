@@ -218,17 +218,18 @@ class WindowSampler:
 
 
 def valid_batches(
-    tokens: np.ndarray, batch_size: int, seqlen: int
+    tokens: np.ndarray, batch_size: int, seqlen: int, every: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Walks tokens once in windows side by side, so that every token but the first is a target.
 
-    Yields (inputs, targets), (B,T) int64; the last window is one of its own if it is shorter.
+    Yields (inputs, targets), (B,T) int64; the last window is one of its own if it is shorter. Of
+    the whole windows only one in `every` is taken, and then not that last one.
     """
     whole = (len(tokens) - 1) // seqlen
-    starts = np.arange(whole) * seqlen
-    for i in range(0, whole, batch_size):
+    starts = np.arange(0, whole, every) * seqlen
+    for i in range(0, len(starts), batch_size):
         yield _windows(tokens, starts[i : i + batch_size], seqlen)
-    if rest := (len(tokens) - 1) % seqlen:
+    if (rest := (len(tokens) - 1) % seqlen) and (every == 1 or not whole):
         yield _windows(tokens, np.array([whole * seqlen]), rest)
 
 

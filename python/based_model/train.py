@@ -27,6 +27,7 @@ from based_model.signals import StopSignal
 from based_model.text import ByteText
 from based_model.trainer import Trainer
 
+PART = 32  # windows of the held-out text that are looked at on the way
 PACKAGES = ("matplotlib", "safetensors", "tensorboard", "tqdm")
 
 
@@ -94,18 +95,18 @@ def run_steps(trainer: Trainer, run: Path, log: RunLog | None, stop: StopSignal)
             if trainer.step == config.steps:
                 break
             if trainer.step % config.eval_every == 0:
-                results = evaluate(trainer, 16 * config.seqlen + 1)
+                results = evaluate(trainer, PART)
                 if log is not None:
                     log.write({"step": trainer.step, **results})
-                    bar.write(f"step {trainer.step}: {in_words(results)} of part of the held-out")
+                    bar.write(f"step {trainer.step}: held out, {in_words(results)}")
             if trainer.step % config.save_every == 0:
                 trainer.save(run)
     return 0
 
 
-def evaluate(trainer: Trainer, most: int | None = None) -> dict[str, float]:
-    """The loss on the held-out text, or its first tokens: nats per token and bits per byte."""
-    loss = trainer.evaluate(trainer.corpus.valid[:most])
+def evaluate(trainer: Trainer, windows: int | None = None) -> dict[str, float]:
+    """The loss on the held-out text, or a part of it: nats per token and bits per byte."""
+    loss = trainer.evaluate(windows)
     results = {"valid_loss": loss}
     if trainer.corpus.valid_text is not None:
         results["valid_bits_per_byte"] = trainer.corpus.bits_per_byte(loss)

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,20 +111,25 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
 
     @torch.no_grad()
-    def evaluate(self, tokens: np.ndarray) -> float:
-        """Nats per token of a text, each window of seqlen tokens predicted from its own start."""
+    def evaluate(self, windows: int | None = None) -> float:
+        """Nats per token of the held-out text, each window predicted from its own start.
+
+        Of all of it, or of about so many windows that lie evenly in it.
+        """
         rank, count = self.ranks.rank, self.ranks.count
-        nats = 0.0
+        tokens, seqlen = self.corpus.valid, self.config.seqlen
+        every = 1 if windows is None else max(1, len(tokens) // (seqlen * windows))
+        nats = targets_seen = 0.0
         # The odd shapes at the end of the text are not worth compiling for.
         with torch.compiler.set_stance("force_eager" if self.config.compile else "default"):
-            for batch in valid_batches(tokens, self._part_size * count, self.config.seqlen):
+            for batch in valid_batches(tokens, self._part_size * count, seqlen, every):
                 inputs, targets = self._checked(*batch)
+                targets_seen += targets.numel()
                 # With fewer windows than ranks some repeat the first: all must run the model.
                 mine = slice(rank, None, count) if rank < len(inputs) else slice(1)
-                targets = targets[mine]
-                loss = self.loss(inputs[mine], targets).item()
-                nats += loss * targets.numel() if rank < len(inputs) else 0.0
-        return self.ranks.sum(nats) / (len(tokens) - 1)
+                loss = self.loss(inputs[mine], targets[mine]).item()
+                nats += loss * targets[mine].numel() if rank < len(inputs) else 0.0
+        return self.ranks.sum(nats) / targets_seen
 
     def save(self, run: Path) -> Path:
         """Writes a checkpoint of this step, then deletes all but the newest ones."""

@@ -45,7 +45,7 @@ def test_training_lowers_the_loss_and_is_reproducible(settings, tmp_path, capsys
     results = train.train(settings(tmp_path / "a", eval_every=5))
     out = capsys.readouterr().out
     assert "held-out bits per byte: model" in out and "gzip" in out and "xz" in out
-    assert "step 10: " in out and " bits per byte of part of the held-out" in out
+    assert "step 10: held out, " in out and " nats per token, " in out
     curve = losses(tmp_path / "a")
     assert list(curve) == list(range(1, 13))
     assert curve[1] == pytest.approx(np.log(256), abs=0.1) and curve[12] < curve[1] - 1

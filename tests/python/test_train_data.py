@@ -115,6 +115,13 @@ def test_evaluation_predicts_every_token_once(length):
     assert targets.tolist() == list(range(1, length))
 
 
+def test_evaluation_of_a_part_is_spread_over_the_text():
+    tokens = np.arange(100, dtype=np.uint8)
+    starts = [x[:, 0].tolist() for x, _ in valid_batches(tokens, 2, seqlen=8, every=3)]
+    assert starts == [[0, 24], [48, 72]]
+    assert [x.shape for x, _ in valid_batches(tokens[:5], 2, seqlen=8, every=3)] == [(1, 4)]
+
+
 def test_compressors_are_measured_per_byte():
     bits = compressed_bits_per_byte(b"ab" * 5000)
     assert 0 < bits["gzip"] < 0.2 and 0 < bits["xz"] < 0.2
