@@ -25,20 +25,13 @@ __device__ __forceinline__ float weight(float s, float c, float max) {
   }
 }
 
-// x <- the value where the row of each element sees its column, else `hidden`. low and high are the
-// first and last column that the lane's rows l/4, l/4 + 8 see, relative to the block.
-__device__ __forceinline__ void mask(float (&x)[4], int column, const int (&low)[2],
-                                     const int (&high)[2], float hidden) {
+// block (16, 16) += the flags of its columns, from the lane's own on.
+__device__ __forceinline__ void add_flags(float (&block)[2][4], const float* flags) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int c = column + i % 2;
-    if (c < low[i / 2] || c > high[i / 2]) x[i] = hidden;
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) block[j][i] += flags[8 * j + i % 2];
   }
-}
-
-__device__ __forceinline__ void add_flags(float (&x)[4], const float* flags) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] += flags[i % 2];
 }
 
 template <class T>
@@ -50,25 +43,25 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
   using Element = typename T::Element;
   constexpr int kColumns = Traits::kColumns;
   extern __shared__ __align__(16) char shared[];
-  Element* const sQ = reinterpret_cast<Element*>(shared);  // (rows, kV), later out
   const Columns<Traits> columns = columns_of<Traits>(shared);
 
   const int h = blockIdx.x % layout.heads;
   const TokenTile tile = token_tile(layout, blockIdx.x / layout.heads);
   const WindowSequence seq = window_sequence(layout, tile.n);
-  const int V = layout.head_dim, rows = layout.rows, t0 = tile.first;
+  const int V = layout.head_dim, t0 = tile.first;
   if (t0 >= seq.length) return;
-  const int t_end = min(t0 + rows, seq.length);
+  const int t_end = min(t0 + layout.rows, seq.length);
 
-  const int l = threadIdx.x % 32, g = l / 4, c = l % 4 * 2;
-  const int r0 = threadIdx.x / 32 * 16, t_warp = t0 + r0;  // the warp's first row
-  __shared__ RowSource<Element> k, v, out;
+  __shared__ RowSource<Element> q, k, v, out;
   __shared__ RowSource<float> lse;
+  const int computing_warps = blockDim.x / 32 - 1, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
+    q = row_source<Element>(p.q, seq, h);
     k = row_source<Element>(p.k, p.initial_k_cache, seq, h, layout.ring_size);
     v = row_source<Element>(p.v, p.initial_v_cache, seq, h, layout.ring_size);
     out = row_source<Element>(p.out, seq, h);
     lse = row_source<float>(p.lse, seq, h);
+    columns.init(computing_warps);
   }
   __syncthreads();
   if (seq.bad) {
@@ -82,44 +75,52 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
   const Band band = {layout.window - 1, 0, -seq.past, seq.length - 1};
   const int s0 = t0 + ((band.first(t0) - t0) & ~15);  // blocks of keys line up with the queries
   const int tiles = (t_end - s0 + kColumns - 1) / kColumns;
-  const auto load = [&](int i) {
-    const int s = s0 + i * kColumns;
-    load_tile<T>(columns.x(i), kColumns, k, s, band.lower, band.upper, V, layout.aligned);
-    load_tile<T>(columns.y(i), kColumns, v, s, band.lower, band.upper, V, layout.aligned);
-  };
-  load_tile<T>(sQ, rows, row_source<Element>(p.q, seq, h), t0, 0, band.upper, V, layout.aligned);
+  if (warp == computing_warps) {
+    bool again = false;
+    for (int before = 0;; before = tiles) {
+      columns.template produce<false, true>(
+          before, tiles, layout.aligned, again, [&](int i, int stage) {
+            const int s = s0 + i * kColumns;
+            load_rows<T>(columns.x(stage), kColumns, k, s, band.lower, band.upper, V,
+                         layout.aligned);
+            load_rows<T>(columns.y(stage), kColumns, v, s, band.lower, band.upper, V,
+                         layout.aligned);
+          });
+      if (again || !__syncthreads_or(false)) return;
+      again = true;
+    }
+  }
 
+  const int l = threadIdx.x % 32, g = l / 4, c = l % 4 * 2;
+  const int t_warp = t0 + warp * 16;  // the warp's first row
+  Element* const sQ = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);  // later out
+  load_rows<T>(sQ, 16, q, t_warp, 0, band.upper, V, layout.aligned);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncwarp();
   RowOperand<T, Traits::kRegisters> rQ;
-  float rO[T::kV / 8][4] = {};           // (16, V), numerator
-  float sums[4] = {};                    // [0], [2]: denominators of rows g, g + 8
-  float max[2] = {-FLT_MAX, -FLT_MAX};   // of the scaled scores, in units of log2
+  rQ.load(sQ);
+
+  float rO[T::kV / 8][4] = {};  // (16, V), numerator
+  float sums[4] = {};           // [0], [2]: denominators of rows g, g + 8
+  float max[2] = {};            // of the scaled scores, in units of log2
   const float scale = static_cast<float>(p.scale) * kLog2E;
-  columns.template for_each<false, true>(tiles, load, [&](int i, const float* flags) {
-    if (i == 0) rQ.load(sQ + r0 * T::kLd);
+  const RowBand rows(band, t_warp, g);
+  const auto body = [&](int i, int stage, const float* flags) {
     const int first = s0 + i * kColumns;
+    if (first > rows.last || first + kColumns <= rows.first) return;
     float s[kColumns / 8][4];
-    bool live[kColumns / 16];
     float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int b = 0; b < kColumns / 16; ++b) {
       const int s_block = first + 16 * b;
-      live[b] = s_block <= band.last(t_warp + 15) && s_block + 15 >= band.first(t_warp);
-      if (!live[b]) continue;
-      float(&block)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * b]);
+      if (!rows.meets(s_block)) continue;
+      float (&block)[2][4] = reinterpret_cast<float (&)[2][4]>(s[2 * b]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) block[j / 4][j % 4] = 0.0f;
-      mma_ABt<2>(block, rQ, columns.x(i) + 16 * b * T::kLd);
-      if (flags != nullptr) {
-        add_flags(block[0], flags + 16 * b + c);
-        add_flags(block[1], flags + 16 * b + 8 + c);
-      }
-      if (s_block < band.first(t_warp + 15) || s_block + 15 > band.last(t_warp)) {
-        const int row = t_warp + g;
-        const int low[2] = {band.first(row) - s_block, band.first(row + 8) - s_block};
-        const int high[2] = {band.last(row) - s_block, band.last(row + 8) - s_block};
-        mask(block[0], c, low, high, -INFINITY);
-        mask(block[1], c + 8, low, high, -INFINITY);
-      }
+      mma_ABt<2>(block, rQ, columns.x(stage) + 16 * b * T::kLd);
+      if (flags != nullptr) add_flags(block, flags + 16 * b + c);
+      if (rows.cuts(s_block)) rows.mask(block, s_block + c, -INFINITY);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         largest[0] = fmaxf(largest[0], fmaxf(block[j][0], block[j][1]));
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
     }
 #pragma unroll
     for (int b = 0; b < kColumns / 16; ++b) {
-      if (!live[b]) continue;
+      if (!rows.meets(first + 16 * b)) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float& x = s[2 * b + j / 4][j % 4];
@@ -151,15 +152,26 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
       }
       const Weights<Element> weights(s[2 * b], s[2 * b + 1]);
       weights.add_row_sums(sums);
-      mma_AB<T, T::kV>(columns.y(i) + 16 * b * T::kLd, weights, rO);
+      mma_AB<T, T::kV>(columns.y(stage) + 16 * b * T::kLd, weights, rO);
     }
-  });
+  };
+  bool again = false;
+  for (int before = 0;; before = tiles) {
+#pragma unroll
+    for (int j = 0; j < T::kV / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rO[j][i] = 0.0f;
+    }
+    sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+    max[0] = max[1] = -FLT_MAX;
+    columns.consume(before, tiles, again, body);
+    if (again || !__syncthreads_or(t_warp < t_end && !all_finite(rO))) break;
+    again = true;
+  }
 
-  Element* const sO = sQ + r0 * T::kLd;  // read by this warp alone
+  stage_rows<T, T::kV>(sQ, rO, 1.0f / sums[0], 1.0f / sums[2]);
   __syncwarp();
-  stage_rows<T, T::kV>(sO, rO, 1.0f / sums[0], 1.0f / sums[2]);
-  __syncwarp();
-  store_rows<T>(sO, out, t_warp, V, layout.aligned, [&](int t) { return t < t_end; });
+  store_rows<T>(sQ, out, t_warp, V, layout.aligned, [&](int t) { return t < t_end; });
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int t = t_warp + g + 8 * r;

@@ -1,7 +1,7 @@
-// Where the tokens, keys and tiles of a call are. Keys and queries are numbered from the first token
-// of their sequence: s >= 0 is token s of the call, s < 0 is a key of the initial ring. A CTA owns a
-// tile of neighbouring rows (queries, or keys in the backward) of one sequence and head, and meets
-// the columns (the other of the two) that its rows see.
+// Where the tokens, keys and tiles of a call are. Keys and queries are numbered from the first
+// token of their sequence: s >= 0 is token s of the call, s < 0 is a key of the initial ring. A CTA
+// owns a tile of neighbouring rows (queries, or keys in the backward) of one sequence and head, and
+// meets the columns (the other of the two) that its rows see.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,14 @@ namespace based::cuda {
 // What the launcher knows. All counts of tokens of one sequence fit 30 bits.
 struct WindowLayout {
   IndexVector cu_seqlens, positions;
-  int64_t sequences;      // N
-  int heads, head_dim;    // H, V
-  int seqlen;             // T
-  int window;             // W, no more than the keys that can exist
-  int ring_size;          // W of the initial ring, 0 without one
-  int rows;               // of a tile
-  int tiles_of_each;      // tiles of a sequence when nothing is packed
-  bool packed, aligned;   // aligned: every row of every tensor starts at a multiple of 16 bytes
+  int64_t sequences;     // N
+  int heads, head_dim;   // H, V
+  int seqlen;            // T
+  int window;            // W, no more than the keys that can exist
+  int ring_size;         // W of the initial ring, 0 without one
+  int rows;              // of a tile
+  int tiles_of_each;     // tiles of a sequence when nothing is packed
+  bool packed, aligned;  // aligned: every row of every tensor starts at a multiple of 16 bytes
 };
 
 struct WindowSequence {
@@ -93,9 +93,41 @@ struct Band {
   __device__ __forceinline__ int last(int r) const { return min(r + above, upper); }
 };
 
-// One (T, V) slice of a (B, T, H, V) tensor (or (T,) of a (B, T, H) one), and the (W, V) slice of the
-// ring before it. Kernels keep it in shared memory: it is the same for every thread, and only loads
-// and stores need it.
+// The columns that the 16 rows of a warp see, and those of a lane's two rows, g and g + 8 of them.
+struct RowBand {
+  int first, last;          // seen by any row
+  int all_first, all_last;  // seen by every row, where first <= last
+  int low[2], high[2];
+
+  __device__ __forceinline__ RowBand(const Band& band, int row0, int g)
+      : first(band.first(row0)),
+        last(band.last(row0 + 15)),
+        all_first(band.first(row0 + 15)),
+        all_last(band.last(row0)),
+        low{band.first(row0 + g), band.first(row0 + g + 8)},
+        high{band.last(row0 + g), band.last(row0 + g + 8)} {}
+
+  // Whether any row sees any of the 16 columns from c on; whether some row does not see all of
+  // them.
+  __device__ __forceinline__ bool meets(int c) const { return c <= last && c + 15 >= first; }
+  __device__ __forceinline__ bool cuts(int c) const { return c < all_first || c + 15 > all_last; }
+
+  // Elements of a (16, 16) block that are not seen <- hidden; `column` is the lane's first column.
+  __device__ __forceinline__ void mask(float (&block)[2][4], int column, float hidden) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = column + 8 * j + i % 2;
+        if (c < low[i / 2] || c > high[i / 2]) block[j][i] = hidden;
+      }
+    }
+  }
+};
+
+// One (T, V) slice of a (B, T, H, V) tensor (or (T,) of a (B, T, H) one), and the (W, V) slice of
+// the ring before it. Kernels keep it in shared memory: it is the same for every thread, and only
+// loads and stores need it.
 template <class Element>
 struct RowSource {
   Element* tokens;
@@ -116,7 +148,11 @@ __device__ __forceinline__ RowSource<Element> row_source(const TensorView& view,
                                                          const WindowSequence& seq, int h) {
   return {static_cast<Element*>(view.data) + seq.batch * view.stride[0] +
               seq.begin * view.stride[1] + h * view.stride[2],
-          view.stride[1], nullptr, 0, 0, 0};
+          view.stride[1],
+          nullptr,
+          0,
+          0,
+          0};
 }
 
 template <class Element>

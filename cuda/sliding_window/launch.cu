@@ -1,6 +1,5 @@
-#include "sliding_window/launch.cuh"
-
 #include "sliding_window/forward.cuh"
+#include "sliding_window/launch.cuh"
 
 namespace based::cuda {
 namespace {
@@ -38,8 +37,8 @@ Status sliding_window_attention(const SlidingWindowParams& p, void*, Stream stre
       if (warps == 0) return launch_status(kOp);
       const int64_t blocks = cut_into_tiles(layout, 16 * warps) * layout.heads;
       if (blocks > kMaxBlocks) return too_large(kOp);
-      kernel<<<static_cast<unsigned>(blocks), 32 * warps, Traits::shared_bytes(warps), stream>>>(
-          p, layout);
+      kernel<<<static_cast<unsigned>(blocks), 32 * (warps + 1), Traits::shared_bytes(warps),
+               stream>>>(p, layout);
       const Status launched = launch_status(kOp);
       if (!launched.ok()) return launched;
     }

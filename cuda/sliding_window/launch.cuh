@@ -30,9 +30,8 @@ inline bool rows_aligned(const TensorView& view, int element_bytes) {
 
 inline Status check_limits(const char* op, const SlidingWindowParams& p) {
   if (p.q.size[3] > kMaxHeadDim) {
-    return make_status(StatusCode::kUnsupported,
-                       "%s: q: expected head_dim <= %d on CUDA, got %lld", op, kMaxHeadDim,
-                       static_cast<long long>(p.q.size[3]));
+    return make_status(StatusCode::kUnsupported, "%s: q: expected head_dim <= %d on CUDA, got %lld",
+                       op, kMaxHeadDim, static_cast<long long>(p.q.size[3]));
   }
   const int64_t ring = p.initial_k_cache.rank < 0 ? 0 : p.window;
   if (p.q.size[1] + ring > kMaxTokens || p.q.size[2] > kMaxTokens) {
@@ -90,7 +89,8 @@ inline Status too_large(const char* op) {
 
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
 
-// Warps of a CTA: as tuned, or as many as this GPU has shared memory for. 0 after an error.
+// Computing warps of a CTA: as tuned, or as many as this GPU has shared memory for. 0 after an
+// error.
 template <class Traits, class Kernel>
 int prepare(Kernel kernel) {
   int device = 0, limit = 0;
@@ -100,7 +100,7 @@ int prepare(Kernel kernel) {
     return 0;
   }
   int warps = Traits::kTuning.warps;
-  while (warps > 1 && Traits::shared_bytes(warps) > limit) warps /= 2;
+  while (warps > 1 && Traits::shared_bytes(warps) > limit) --warps;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::shared_bytes(warps));
   return error == cudaSuccess ? warps : 0;

@@ -1,6 +1,5 @@
-#include "sliding_window/launch.cuh"
-
 #include "sliding_window/backward.cuh"
+#include "sliding_window/launch.cuh"
 
 namespace based::cuda {
 namespace {
@@ -38,8 +37,8 @@ Status sliding_window_attention_backward(const SlidingWindowBackwardParams& p, v
       if (warps == 0) return launch_status(kOp);
       const int64_t blocks = cut_into_tiles(layout, 16 * warps) * layout.heads;
       if (blocks > kMaxBlocks) return too_large(kOp);
-      kernel<<<static_cast<unsigned>(blocks), 32 * warps, Traits::shared_bytes(warps), stream>>>(
-          p, layout, deltas);
+      kernel<<<static_cast<unsigned>(blocks), 32 * (warps + 1), Traits::shared_bytes(warps),
+               stream>>>(p, layout, deltas);
       const Status launched = launch_status(kOp);
       if (!launched.ok()) return launched;
     }
@@ -50,13 +49,12 @@ Status sliding_window_attention_backward(const SlidingWindowBackwardParams& p, v
     const int rows = 16 * warps;
     const int64_t tiles = cut_into_tiles(layout, rows);
     const int64_t token_blocks = has_tokens ? tiles * layout.heads : 0;
-    const int ring_tiles =
-        p.dinitial_k_cache.rank < 0 ? 0 : (layout.ring_size + rows - 1) / rows;
+    const int ring_tiles = p.dinitial_k_cache.rank < 0 ? 0 : (layout.ring_size + rows - 1) / rows;
     const int64_t blocks = token_blocks + layout.sequences * ring_tiles * layout.heads;
     if (blocks == 0) return Status();
     if (blocks > kMaxBlocks) return too_large(kOp);
-    kernel<<<static_cast<unsigned>(blocks), 32 * warps, Traits::shared_bytes(warps), stream>>>(
-        p, layout, deltas, token_blocks, ring_tiles);
+    kernel<<<static_cast<unsigned>(blocks), 32 * (warps + 1), Traits::shared_bytes(warps),
+             stream>>>(p, layout, deltas, token_blocks, ring_tiles);
     return launch_status(kOp);
   });
 }

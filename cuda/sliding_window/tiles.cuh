@@ -28,24 +28,47 @@ struct Tile {
   static_assert(kV % 16 == 0 && (kChunks + 1) % 2 == 1);
 };
 
-// sX (rows, kV) <- the rows s0 ... of the source; 0 outside [lower, upper] and beyond head_dim.
+// sX (rows, kV) <- the rows s0 ... of the source, 0 outside [lower, upper] and beyond head_dim. By
+// one warp; asynchronous where rows are aligned.
 template <class T>
-__device__ __forceinline__ void load_tile(typename T::Element* sX, int rows,
+__device__ __forceinline__ void load_rows(typename T::Element* sX, int rows,
                                           const RowSource<typename T::Element>& shared_source,
                                           int s0, int lower, int upper, int head_dim,
                                           bool aligned) {
-  const RowSource<typename T::Element> source = shared_source;
+  using Element = typename T::Element;
+  // Lanes side by side take kLanes chunks of a row, and kRows rows.
+  constexpr int kLanes = T::kChunks < 32 ? T::kChunks : 32, kRows = 32 / kLanes;
+  const RowSource<Element> source = shared_source;
+  const int l = threadIdx.x % 32, r0 = l / kLanes;
+  if (r0 >= kRows) return;
+  if (aligned && s0 >= max(lower, 0) && s0 + rows - 1 <= upper) {  // nothing to look at on the way
+#pragma unroll
+    for (int c = l % kLanes * T::kChunk; c < T::kV; c += kLanes * T::kChunk) {
+      const Element* from = source.tokens + (s0 + r0) * source.token_stride + c;
+      uint32_t to = shared_address(sX + r0 * T::kLd + c);
+#pragma unroll 8
+      for (int r = 0; r < rows; r += kRows) {
+        cp_async_16(to, from, c < head_dim);
+        from += kRows * source.token_stride;
+        to += kRows * T::kLd * int(sizeof(Element));
+      }
+    }
+    return;
+  }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * T::kChunks; i += blockDim.x) {
-    const int r = i / T::kChunks, c = i % T::kChunks * T::kChunk, s = s0 + r;
-    const bool valid = s >= lower && s <= upper && c < head_dim;
-    typename T::Element* target = sX + r * T::kLd + c;
-    if (aligned) {
-      cp_async_16(shared_address(target), valid ? source.row(s) + c : source.tokens, valid);
-    } else {
-      for (int e = 0; e < T::kChunk; ++e) {
-        target[e] = valid && c + e < head_dim ? source.row(s)[c + e]
-                                              : from_float<typename T::Element>(0.0f);
+  for (int r = r0; r < rows; r += kRows) {
+    const int s = s0 + r;
+    const bool inside = s >= lower && s <= upper;
+    const Element* from = inside ? source.row(s) : source.tokens;
+#pragma unroll 1
+    for (int c = l % kLanes * T::kChunk; c < T::kV; c += kLanes * T::kChunk) {
+      Element* to = sX + r * T::kLd + c;
+      if (aligned) {
+        cp_async_16(shared_address(to), from + c, inside && c < head_dim);
+      } else {
+        for (int e = c; e < c + T::kChunk; ++e) {
+          to[e - c] = inside && e < head_dim ? from[e] : from_float<Element>(0.0f);
+        }
       }
     }
   }
@@ -189,8 +212,8 @@ struct Weights {
   uint32_t a[4];
 
   __device__ __forceinline__ Weights(const float (&s0)[4], const float (&s1)[4])
-      : a{pack(Element(), s0[0], s0[1]), pack(Element(), s0[2], s0[3]), pack(Element(), s1[0], s1[1]),
-          pack(Element(), s1[2], s1[3])} {}
+      : a{pack(Element(), s0[0], s0[1]), pack(Element(), s0[2], s0[3]),
+          pack(Element(), s1[0], s1[1]), pack(Element(), s1[2], s1[3])} {}
 
   // sums[0, 1] += the sums of the rounded weights of rows l/4, l/4 + 8: a product with ones.
   __device__ __forceinline__ void add_row_sums(float (&sums)[4]) const {
