@@ -1,12 +1,16 @@
 // Linear attention, one token per row, plain and with deferred writes of the state.
 //
 // Memory-bound: the state (F, V) of a head is read once, and written once in the steps that fold.
-// One block per (row, head). Its threads form `groups` rows of `columns` vectors; a thread keeps
-// its columns and walks the rows f = group, group + groups, ... with kBatch of them in flight, so
-// that a warp reads neighbouring 16-byte vectors. Everything is fp32; out is rounded once.
+// One block per (row, head). The state comes to shared memory in tiles of whole rows (one tile for
+// D = 16, V = 64): by bulk copies on Hopper, by cp.async elsewhere and where rows are not
+// contiguous. The threads form `groups` rows of `columns` vectors; a thread keeps its columns,
+// walks the rows f = group, group + groups, ... of a tile and writes them back from registers.
+// Everything is fp32; out is rounded once.
 #pragma once
 
 #include "linear_attention_decode/tuning.h"
+#include "primitives/bulk_copy.cuh"
+#include "primitives/cp_async.cuh"
 #include "primitives/decode_row.cuh"
 #include "primitives/element.cuh"
 #include "primitives/taylor.cuh"
@@ -23,28 +27,13 @@ struct DecodeArgs {
   int64_t kv_stride[3], z_stride[2];
   int64_t pending_k_stride[3], pending_v_stride[3];
   IndexVector state_indices, fill;  // (B,)
-  int64_t slots, heads;
-  int D, F, V, capacity;
-  int columns, groups;  // of a block
-  float root, scale;    // sqrt(scale), scale
+  int64_t slots;
+  int heads, D, F, V, capacity;
+  int columns, groups, tile_rows;  // of a block
+  float root, scale;               // sqrt(scale), scale
   bool normalize;
+  bool aligned, contiguous;  // rows of S: whole 16-byte vectors, without gaps
 };
-
-// kVec neighbouring elements of a row of the state.
-template <int kVec>
-struct alignas(4 * kVec) StateVector {
-  float x[kVec];
-};
-
-template <int kVec>
-__device__ __forceinline__ StateVector<kVec> load_state(const float* source) {
-  return *reinterpret_cast<const StateVector<kVec>*>(source);
-}
-
-template <int kVec>
-__device__ __forceinline__ void store_state(float* target, const StateVector<kVec>& v) {
-  *reinterpret_cast<StateVector<kVec>*>(target) = v;
-}
 
 // Sum over the block, known to every thread after the next barrier but one.
 struct BlockSum {
@@ -91,15 +80,101 @@ __device__ __forceinline__ void fill_row(Element* out, int V, float value) {
   for (int i = threadIdx.x; i < V; i += blockDim.x) out[i] = from_float<Element>(value);
 }
 
-// Floats of shared memory: phi(q), the row's q and keys, weights, phi of keys, partial sums.
-__host__ __device__ constexpr int decode_phi_rows(int F, int groups, bool deferred) {
-  return deferred ? kFoldTokens * kDecodeBatch * groups : F;
+// kVec neighbouring elements of a row of S.
+template <int kVec>
+struct alignas(4 * kVec) StateVector {
+  float x[kVec];
+};
+
+template <int kVec>
+__device__ __forceinline__ void store_state(float* target, const StateVector<kVec>& v,
+                                            bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<StateVector<kVec>*>(target) = v;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) target[i] = v.x[i];
+  }
 }
-__host__ __device__ constexpr int decode_shared_floats(int F, int D, int capacity, int columns,
-                                                       int vec, int groups, bool deferred) {
-  return F + D + capacity * D + capacity + decode_phi_rows(F, groups, deferred) +
-         columns * vec * groups + kDecodeThreads / 32;
+
+// The tiles of one head's S on their way through shared memory.
+template <int kVec>
+struct StateTiles {
+  const DecodeArgs& a;
+  float* gS;             // (F, V)
+  float* sS;             // (kDecodeStages, tile_rows, V)
+  CopyBarrier* arrived;  // one for every stage
+  int group, column;     // of this thread
+
+  __device__ __forceinline__ int count() const { return (a.F + a.tile_rows - 1) / a.tile_rows; }
+  __device__ __forceinline__ int rows(int tile) const {
+    return min(a.tile_rows, a.F - tile * a.tile_rows);
+  }
+  __device__ __forceinline__ float* shared(int tile) const {
+    return sS + tile % kDecodeStages * a.tile_rows * a.V;
+  }
+  __device__ __forceinline__ float* global(int tile) const {
+    return gS + int64_t(tile) * a.tile_rows * a.kv_stride[2];
+  }
+  __device__ __forceinline__ bool bulk() const { return kHasBulkCopy && a.aligned && a.contiguous; }
+  __device__ __forceinline__ bool active() const { return group < a.groups && column < a.V; }
+
+  // Called by every thread for every tile in order; past the last one nothing is fetched.
+  __device__ __forceinline__ void fetch(int tile) const {
+    if (bulk()) {
+      if (threadIdx.x == 0 && tile < count()) {
+        arrived[tile % kDecodeStages].copy(shared(tile), global(tile), rows(tile) * a.V * 4);
+      }
+      return;
+    }
+    if (tile < count() && active()) {
+      for (int r = group; r < rows(tile); r += a.groups) {
+        const float* source = global(tile) + r * a.kv_stride[2] + column;
+        const auto target =
+            static_cast<uint32_t>(__cvta_generic_to_shared(shared(tile) + r * a.V + column));
+        if (kVec == 4 && a.aligned) {
+          cp_async_16(target, source, true);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) cp_async_4(target + 4 * i, source + i);
+        }
+      }
+    }
+    cp_async_commit();
+  }
+
+  // Until this thread's elements of a tile are there: the fetch of the next one may be under way.
+  __device__ __forceinline__ void wait(int tile) const {
+    if (bulk()) {
+      arrived[tile % kDecodeStages].wait(tile / kDecodeStages % 2);
+    } else {
+      cp_async_wait<kDecodeStages - 1>();
+    }
+  }
+};
+
+// Floats of shared memory besides the tiles: q and the row's keys, phi(q), phi of keys, weights,
+// the denominator's parts. The partial sums of out take the place of the tiles.
+__host__ __device__ constexpr int decode_phi_k_floats(int F, int tile_rows, bool deferred) {
+  return deferred ? tile_rows * kDecodeFoldTokens : F;
 }
+__host__ __device__ constexpr int decode_tile_floats(int V, int tile_rows, int columns, int vec,
+                                                     int groups) {
+  const int tiles = kDecodeStages * tile_rows * V, sums = groups * columns * vec;
+  return ((tiles > sums ? tiles : sums) + 3) / 4 * 4;
+}
+__host__ __device__ constexpr int decode_shared_floats(int D, int F, int V, int capacity,
+                                                       int tile_rows, int columns, int vec,
+                                                       int groups, bool deferred) {
+  return decode_tile_floats(V, tile_rows, columns, vec, groups) +
+         decode_phi_k_floats(F, tile_rows, deferred) + F + D + capacity * (D + 1) +
+         kDecodeThreads / 32;
+}
+
+// phi of a row of a tile, for the tokens of a pass.
+struct alignas(4 * kDecodeFoldTokens) FoldPhi {
+  float x[kDecodeFoldTokens];
+};
 
 // Plain (kDeferred = false):
 //   S += phi(k)^T v,  z += phi(k),  out = phi(q) S / phi(q) z
@@ -108,11 +183,11 @@ __host__ __device__ constexpr int decode_shared_floats(int F, int D, int capacit
 //               the n + 1 waiting tokens; k and v go to place n of the ring, S and z stay.
 //   n + 1 = C:  S and z take in the C tokens and are written; then as in the plain form.
 template <class Element, int kVec, bool kDeferred>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM<kDeferred>)
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
     linear_attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
-  constexpr int kBatch = kDecodeBatch;
-  const int64_t b = blockIdx.x / a.heads, h = blockIdx.x % a.heads;
+  const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, D = a.D, F = a.F, V = a.V, groups = a.groups;
+  const int group = tid / a.columns, column = tid % a.columns * kVec;
   Element* gOut = static_cast<Element*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1];
 
   const DecodeRow row = decode_row(a.state_indices, b, a.slots);
@@ -126,32 +201,26 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM<kDeferred>)
   }
   const bool fold = !kDeferred || pending + 1 == a.capacity;
 
-  // The first rows of the state are on their way before anything else is needed.
-  float* gS = a.kv_state + slot * a.kv_stride[0] + h * a.kv_stride[1];  // (F, V)
-  float* gZ = a.k_state + slot * a.z_stride[0] + h * a.z_stride[1];     // (F,)
-  const int group = tid / a.columns, first_column = tid % a.columns * kVec;
-  StateVector<kVec> rS[kBatch];
-  const auto load_rows = [&](int first, int column) {
-#pragma unroll
-    for (int r = 0; r < kBatch; ++r) {
-      const int f = first + r * groups + group;
-      rS[r] = {};
-      if (f < F && column < V && group < groups) {
-        rS[r] = load_state<kVec>(gS + f * a.kv_stride[2] + column);
-      }
-    }
-  };
-  load_rows(0, first_column);
-  const float first_z = tid < F ? gZ[tid] : 0.0f;
+  extern __shared__ __align__(128) float shared[];
+  __shared__ CopyBarrier arrived[kDecodeStages];
+  float* sPart = shared;  // (groups, columns kVec), after the last tile
+  float* sPhiK = shared + decode_tile_floats(V, a.tile_rows, a.columns, kVec, groups);
+  float* sPhiQ = sPhiK + decode_phi_k_floats(F, a.tile_rows, kDeferred);  // (F,)
+  float* sQ = sPhiQ + F;                                                  // (D,)
+  float* sK = sQ + D;                                                     // (n + 1, D)
+  float* sW = sK + a.capacity * D;                                        // (n + 1,)
+  const BlockSum denominator{sW + a.capacity};
 
-  extern __shared__ float shared[];
-  float* sPhiQ = shared;            // (F,)
-  float* sQ = sPhiQ + F;            // (D,)
-  float* sK = sQ + D;               // (n + 1, D)
-  float* sW = sK + a.capacity * D;  // (n + 1,)
-  float* sPhiK = sW + a.capacity;   // (F,) or (tokens, rows of a batch)
-  float* sPart = sPhiK + decode_phi_rows(F, groups, kDeferred);  // (groups, columns kVec)
-  const BlockSum denominator{sPart + groups * a.columns * kVec};
+  // The state is on its way before anything else is needed.
+  const StateTiles<kVec> tiles{
+      a, a.kv_state + slot * a.kv_stride[0] + h * a.kv_stride[1], shared, arrived, group, column};
+  if (tid == 0 && tiles.bulk()) {
+    for (CopyBarrier& barrier : arrived) barrier.init();
+    fence_barrier_init();
+  }
+  for (int tile = 0; tile < kDecodeStages; ++tile) tiles.fetch(tile);
+  float* gZ = a.k_state + slot * a.z_stride[0] + h * a.z_stride[1];  // (F,)
+  const float first_z = tid < F ? gZ[tid] : 0.0f;
 
   const Element* gQ = static_cast<const Element*>(a.q) + b * a.q_stride[0] + h * a.q_stride[1];
   Tokens<Element> tokens{};
@@ -173,6 +242,15 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM<kDeferred>)
     }
   }
   const int count = tokens.count();
+  const bool active = tiles.active();
+  // This thread's columns of the values of a token; its first one of those it will add.
+  const auto load_value = [&](int t, float* v) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) v[i] = to_float(tokens.value(t)[column + i]);
+  };
+  const int first_token = kDeferred && !fold ? group : 0;
+  float first_v[kVec] = {};
+  if (active && first_token < count) load_value(first_token, first_v);
   for (int i = tid; i < (count + 1) * D; i += blockDim.x) {
     const int t = i / D - 1, j = i % D;
     sQ[i] = to_float(t < 0 ? gQ[j] : tokens.key(t)[j]);  // sK follows sQ
@@ -208,75 +286,89 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM<kDeferred>)
   denominator.add(den);
   __syncthreads();
 
-  for (int tile = 0; tile < V; tile += a.columns * kVec) {
-    const int column = tile + first_column;
-    const bool active = column < V && group < groups;
-    float sum[kVec] = {};
-    const auto add_value = [&](int t, float weight, float* target) {
+  float sum[kVec] = {};
+  for (int tile = 0; tile < tiles.count(); ++tile) {
+    const int rows = tiles.rows(tile);
+    float* sTile = tiles.shared(tile) + column;
+    float* gTile = tiles.global(tile) + column;
+    const float* sTilePhiQ = sPhiQ + tile * a.tile_rows;
+    tiles.wait(tile);
+    if constexpr (kDeferred) {
+      if (fold) {
+        for (int t0 = 0; t0 < count; t0 += kDecodeFoldTokens) {
+          float v[kDecodeFoldTokens][kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) target[i] += weight * to_float(tokens.value(t)[column + i]);
-    };
-    for (int first = 0; first < F; first += kBatch * groups) {
-      if (tile > 0 || first > 0) load_rows(first, column);
-      if constexpr (!kDeferred) {
-        float v[kVec] = {};
-        if (active) add_value(0, 1.0f, v);
-#pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
-          const int f = first + r * groups + group;
-          const float phi_k = f < F ? sPhiK[f] : 0.0f;
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) rS[r].x[i] += phi_k * v[i];
-        }
-      } else if (fold) {
-        const int rows = kBatch * groups;
-        for (int t0 = 0; t0 < count; t0 += kFoldTokens) {
-          const int n = min(kFoldTokens, count - t0);
+          for (int t = 0; t < kDecodeFoldTokens; ++t) {
+            if (active) load_value(min(t0 + t, count - 1), v[t]);
+          }
           __syncthreads();  // the last reads of sPhiK
           for (int r = tid; r < rows; r += blockDim.x) {
-            const TaylorRow phi = taylor_row(first + r < F ? first + r : 0, D, a.root);
-            for (int t = 0; t < n; ++t) sPhiK[t * rows + r] = taylor_value(phi, sK + (t0 + t) * D);
+            const TaylorRow phi = taylor_row(tile * a.tile_rows + r, D, a.root);
+            FoldPhi row_phi;
+#pragma unroll
+            for (int t = 0; t < kDecodeFoldTokens; ++t) {
+              row_phi.x[t] = t0 + t < count ? taylor_value(phi, sK + (t0 + t) * D) : 0.0f;
+            }
+            reinterpret_cast<FoldPhi*>(sPhiK)[r] = row_phi;
           }
           __syncthreads();
-          for (int t = 0; t < n && active; ++t) {
-            float v[kVec] = {};
-            add_value(t0 + t, 1.0f, v);
+          for (int r = group; r < rows && active; r += groups) {
+            auto& s = *reinterpret_cast<StateVector<kVec>*>(sTile + r * V);
+            const FoldPhi phi_k = reinterpret_cast<const FoldPhi*>(sPhiK)[r];
+            StateVector<kVec> x = s;
 #pragma unroll
-            for (int r = 0; r < kBatch; ++r) {
-              const float phi_k = sPhiK[t * rows + r * groups + group];
+            for (int t = 0; t < kDecodeFoldTokens; ++t) {
 #pragma unroll
-              for (int i = 0; i < kVec; ++i) rS[r].x[i] += phi_k * v[i];
+              for (int i = 0; i < kVec; ++i) x.x[i] += phi_k.x[t] * v[t][i];
             }
+            s = x;
           }
         }
       }
+    }
+    if (active) {
+#pragma unroll 4
+      for (int r = group; r < rows; r += groups) {
+        StateVector<kVec> s = *reinterpret_cast<const StateVector<kVec>*>(sTile + r * V);
+        const float phi_q = sTilePhiQ[r];
+        if constexpr (!kDeferred) {
+          const float phi_k = sPhiK[tile * a.tile_rows + r];
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        const int f = first + r * groups + group;
-        if (f >= F || !active) continue;
-        const float phi_q = sPhiQ[f];
+          for (int i = 0; i < kVec; ++i) s.x[i] += phi_k * first_v[i];
+        }
+        if (fold) store_state(gTile + r * a.kv_stride[2], s, a.aligned);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[i] += phi_q * rS[r].x[i];
-        if (fold) store_state(gS + f * a.kv_stride[2] + column, rS[r]);
+        for (int i = 0; i < kVec; ++i) sum[i] += phi_q * s.x[i];
       }
     }
-    if (kDeferred && !fold && active) {
-      for (int t = group; t < count; t += groups) add_value(t, sW[t], sum);
+    if (tiles.count() > kDecodeStages) {
+      fence_proxy_async();  // what the fold wrote comes before what the next copy writes
+      __syncthreads();      // the last reads of this stage
+      tiles.fetch(tile + kDecodeStages);
+    } else if (!tiles.bulk()) {
+      cp_async_commit();
     }
-
-    const int width = a.columns * kVec;
-    if (tile > 0) __syncthreads();  // the last reads of sPart
-    if (group < groups) {
+  }
+  if (kDeferred && !fold && active) {
+    for (int t = group; t < count; t += groups) {
+      if (t > group) load_value(t, first_v);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) sPart[group * width + first_column + i] = sum[i];
+      for (int i = 0; i < kVec; ++i) sum[i] += sW[t] * first_v[i];
     }
-    __syncthreads();
-    const float factor = a.normalize ? 1.0f / denominator.total() : 1.0f;
-    for (int i = tid; i < width && tile + i < V; i += blockDim.x) {
-      float total = 0;
-      for (int g = 0; g < groups; ++g) total += sPart[g * width + i];
-      gOut[tile + i] = from_float<Element>(total * factor);
-    }
+  }
+
+  const int width = a.columns * kVec;
+  __syncthreads();  // the last reads of the tiles
+  if (group < groups) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sPart[group * width + column + i] = sum[i];
+  }
+  __syncthreads();
+  const float factor = a.normalize ? 1.0f / denominator.total() : 1.0f;
+  for (int i = tid; i < V; i += blockDim.x) {
+    float total = 0;
+    for (int g = 0; g < groups; ++g) total += sPart[g * width + i];
+    gOut[i] = from_float<Element>(total * factor);
   }
 }
 
@@ -286,7 +378,7 @@ template <class Element>
 __global__ void __launch_bounds__(kDecodeThreads)
     linear_attention_fold_kernel(const __grid_constant__ DecodeArgs a) {
   extern __shared__ float sK[];  // (n, D)
-  const int64_t b = blockIdx.x / a.heads, h = blockIdx.x % a.heads;
+  const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const DecodeRow row = decode_row(a.state_indices, b, a.slots);
   const int64_t fill = a.fill[b];
   if (row.kind != RowKind::kRun || fill < 0 || fill >= a.capacity) return;

@@ -17,7 +17,7 @@ void set_state(DecodeArgs& a, const Params& p) {
   for (int i = 0; i < 3; ++i) a.kv_stride[i] = p.kv_state.stride[i];
   for (int i = 0; i < 2; ++i) a.z_stride[i] = p.k_state.stride[i];
   a.state_indices = index_vector(p.state_indices);
-  a.slots = p.kv_state.size[0], a.heads = p.kv_state.size[1];
+  a.slots = p.kv_state.size[0], a.heads = static_cast<int>(p.kv_state.size[1]);
   a.F = static_cast<int>(p.kv_state.size[2]), a.V = static_cast<int>(p.kv_state.size[3]);
   a.capacity = 1;
   a.root = static_cast<float>(std::sqrt(p.scale)), a.scale = static_cast<float>(p.scale);
@@ -30,7 +30,7 @@ void set_pending(DecodeArgs& a, const Params& p) {
     a.pending_k_stride[i] = p.pending_k.stride[i], a.pending_v_stride[i] = p.pending_v.stride[i];
   }
   a.fill = index_vector(p.fill);
-  a.capacity = static_cast<int>(std::min<int64_t>(p.pending_k.size[1], kDecodeMaxPending + 1));
+  a.capacity = static_cast<int>(std::min<int64_t>(p.pending_k.size[1], INT32_MAX));
 }
 
 void set_tokens(DecodeArgs& a, const LinearAttentionDecodeParams& p) {
@@ -45,56 +45,56 @@ void set_tokens(DecodeArgs& a, const LinearAttentionDecodeParams& p) {
 
 // What these kernels do not cover, and validate() lets pass.
 Status check_limits(const char* op, const DecodeArgs& a, int64_t blocks) {
-  if (blocks > INT32_MAX) {
-    return make_status(StatusCode::kUnsupported, "%s: q: expected B * H < 2^31, got %lld", op,
-                       static_cast<long long>(blocks));
+  const auto unsupported = [op](const char* what, int64_t got) {
+    return make_status(StatusCode::kUnsupported, "%s: %s on CUDA, got %lld", op, what,
+                       static_cast<long long>(got));
+  };
+  static_assert(kDecodeMaxFeatureDim == 64 && kDecodeMaxHeadDim == 1024 && kDecodeThreads == 256 &&
+                    kDecodeMaxPending == 64,
+                "the numbers in these messages");
+  if (blocks > INT32_MAX) return unsupported("q: expected B * H < 2^31", blocks);
+  if (a.D > kDecodeMaxFeatureDim) return unsupported("q: expected feature_dim <= 64", a.D);
+  if (a.V > kDecodeMaxHeadDim || (a.V % 4 != 0 && a.V > kDecodeThreads)) {
+    return unsupported("v: expected head_dim <= 256, or a multiple of 4 up to 1024,", a.V);
   }
-  if (a.D > kDecodeMaxFeatureDim) {
-    return make_status(StatusCode::kUnsupported,
-                       "%s: q: expected feature_dim <= %d on CUDA, got %d", op,
-                       kDecodeMaxFeatureDim, a.D);
-  }
-  if (a.capacity > kDecodeMaxPending) {
-    return make_status(StatusCode::kUnsupported,
-                       "%s: pending_k: expected C <= %d on CUDA, got more", op, kDecodeMaxPending);
-  }
+  if (a.capacity > kDecodeMaxPending) return unsupported("pending_k: expected C <= 64", a.capacity);
   return {};
 }
 
 // A block has as many rows of the state side by side as its threads allow.
 template <int kVec>
 void set_shape(DecodeArgs& a) {
-  a.columns = std::min((a.V + kVec - 1) / kVec, kDecodeThreads);
+  a.columns = a.V / kVec;
   a.groups = std::min(kDecodeThreads / a.columns, kDecodeMaxGroups);
+  const int fitting = kDecodeTileBytes / (static_cast<int>(sizeof(float)) * a.V);
+  a.tile_rows = std::min((a.F + kDecodeStages - 1) / kDecodeStages, fitting);
 }
-
-static_assert(4 * decode_shared_floats(expanded_dim(kDecodeMaxFeatureDim), kDecodeMaxFeatureDim,
-                                       kDecodeMaxPending, kDecodeThreads / kDecodeMaxGroups,
-                                       kDecodeVector, kDecodeMaxGroups, true) <=
-                  48 * 1024,
-              "what a block gets without asking");
 
 template <bool kDeferred>
 Status launch(const char* op, const LinearAttentionDecodeParams& p, DecodeArgs a, Stream stream) {
-  const int64_t blocks = p.q.size[0] * a.heads;
+  const int64_t blocks = p.q.size[0] * p.q.size[1];
   const Status status = check_limits(op, a, blocks);
   if (!status.ok() || blocks == 0) return status;
-  const bool aligned = rows_are_vectors(p.kv_state, kDecodeVector, sizeof(float));
+  a.aligned = rows_are_vectors(p.kv_state, 4, sizeof(float));
+  a.contiguous = p.kv_state.stride[2] == a.V;
   return dispatch_element(op, p.q.dtype, [&](auto type) {
     using Element = typename decltype(type)::type;
     const auto run = [&](auto vec) {
       constexpr int kVec = decltype(vec)::value;
       set_shape<kVec>(a);
       const int threads = (a.columns * a.groups + 31) / 32 * 32;
-      const int shared =
-          4 * decode_shared_floats(a.F, a.D, a.capacity, a.columns, kVec, a.groups, kDeferred);
-      linear_attention_decode_kernel<Element, kVec, kDeferred>
-          <<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
-              a);
+      const int shared = 4 * decode_shared_floats(a.D, a.F, a.V, a.capacity, a.tile_rows, a.columns,
+                                                  kVec, a.groups, kDeferred);
+      const auto kernel = linear_attention_decode_kernel<Element, kVec, kDeferred>;
+      if (shared > 47 * 1024) {  // more than a block gets without asking
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      }
+      kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
+          a);
       return launch_status(op);
     };
-    return aligned ? run(std::integral_constant<int, kDecodeVector>{})
-                   : run(std::integral_constant<int, 1>{});
+    return a.V % 4 == 0 ? run(std::integral_constant<int, 4>{})
+                        : run(std::integral_constant<int, 1>{});
   });
 }
 
@@ -124,7 +124,7 @@ Status linear_attention_fold(const LinearAttentionFoldParams& p, void*, Stream s
   DecodeArgs a{};
   set_state(a, p), set_pending(a, p);
   a.D = static_cast<int>(p.pending_k.size[3]);
-  const int64_t blocks = p.fill.size[0] * a.heads;
+  const int64_t blocks = p.fill.size[0] * p.kv_state.size[1];
   status = check_limits(op, a, blocks);
   if (!status.ok() || blocks == 0) return status;
   return dispatch_element(op, p.pending_k.dtype, [&](auto type) {

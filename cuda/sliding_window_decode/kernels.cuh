@@ -7,6 +7,7 @@
 // own running maximum, sum and output; they meet at the end. Scores, weights and sums are fp32.
 #pragma once
 
+#include "primitives/cp_async.cuh"
 #include "primitives/decode_row.cuh"
 #include "primitives/element.cuh"
 #include "primitives/packed_vector.cuh"
@@ -23,26 +24,22 @@ struct WindowDecodeArgs {
   int64_t k_cache_stride[3], v_cache_stride[3];
   int64_t cos_stride, sin_stride;
   IndexVector state_indices, positions;  // (B,)
-  int64_t slots, heads, window;
-  int V, rotary;  // R
+  int64_t slots;
+  int heads, window, V, rotary;  // R
   float scale;
 };
 
-// x (V,) as fp32 in shared memory, rotated: dim j < R by the angle j with dim j + R. Rounded to
-// Element, as it would be by a rotation before the call.
+// Element i of x (V,), rotated: dim j < R by the angle j with dim j + R. Rounded to Element, as it
+// would be by a rotation before the call.
 template <class Element>
-__device__ __forceinline__ void load_rotated(float* sX, const Element* gX, const float* cos,
-                                             const float* sin, int V, int R) {
-  for (int i = threadIdx.x; i < V; i += blockDim.x) {
-    float x = to_float(gX[i]);
-    if (i < 2 * R) {
-      const int j = i < R ? i : i - R;
-      const float other = to_float(gX[i < R ? i + R : j]);
-      x = i < R ? x * cos[j] - other * sin[j] : x * cos[j] + other * sin[j];
-      x = to_float(from_float<Element>(x));
-    }
-    sX[i] = x;
-  }
+__device__ __forceinline__ float rotated(const Element* gX, int i, const float* cos,
+                                         const float* sin, int R) {
+  const float x = to_float(gX[i]);
+  if (i >= 2 * R) return x;
+  const int j = i < R ? i : i - R;
+  const float other = to_float(gX[i < R ? i + R : j]);
+  const float y = i < R ? x * cos[j] - other * sin[j] : x * cos[j] + other * sin[j];
+  return to_float(from_float<Element>(y));
 }
 
 // A softmax over some keys so far: weights relative to exp(max), their sum, the weighted values.
@@ -60,66 +57,82 @@ struct Partial {
   }
 };
 
+// kVec elements from global to shared memory: 16 bytes asynchronously, a lone element at once.
+template <class Element, int kVec>
+__device__ __forceinline__ void fetch(Packed<Element, kVec>* slot, const Element* source) {
+  if constexpr (sizeof(*slot) == 16) {
+    cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(slot)), source, true);
+  } else {
+    *slot = *reinterpret_cast<const Packed<Element, kVec>*>(source);
+  }
+}
+
 template <class Element, int kVec, int kChunks, int kLanes>
 __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM)
     sliding_window_decode_kernel(const __grid_constant__ WindowDecodeArgs a) {
-  constexpr int kKeys = kWindowDecodeKeys<kChunks>, kGroups = kWindowDecodeThreads / kLanes;
-  constexpr int kWarps = kWindowDecodeThreads / 32, kSize = kChunks * kVec;
+  using Vec = Packed<Element, kVec>;
+  constexpr int kStages = kWindowDecodeStages, kKeys = kWindowDecodeKeys<kChunks>;
+  constexpr int kThreads = kWindowDecodeThreads, kWarps = kThreads / 32;
+  constexpr int kGroups = kThreads / kLanes, kSize = kChunks * kVec;
   constexpr int kWidth = kLanes * kSize;  // >= V
-  __shared__ float sQ[kWidth], sK[kWidth], sOut[kWarps][kWidth], sMax[kWarps], sSum[kWarps];
-  const int64_t b = blockIdx.x / a.heads, h = blockIdx.x % a.heads;
+  __shared__ Vec sKeys[kStages][kKeys][kChunks][kThreads],
+      sValues[kStages][kKeys][kChunks][kThreads];
+  __shared__ float sQ[kWidth], sK[kWidth], sV[kWidth];
+  __shared__ float sOut[kWarps][kWidth], sMax[kWarps], sSum[kWarps];
+  const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, V = a.V, lane = tid % kLanes, group = tid / kLanes;
   Element* gOut = static_cast<Element*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1];
 
   const DecodeRow row = decode_row(a.state_indices, b, a.slots);
-  const int64_t position = row.kind == RowKind::kRun ? a.positions[b] : 0;
-  const RowKind kind = position < 0 ? RowKind::kBad : row.kind;
+  const int64_t position = a.positions[b];
+  const RowKind kind = row.kind == RowKind::kRun && position < 0 ? RowKind::kBad : row.kind;
   if (kind != RowKind::kRun) {
-    for (int i = tid; i < V; i += kWindowDecodeThreads) {
-      gOut[i] = from_float<Element>(filler(kind));
-    }
+    for (int i = tid; i < V; i += kThreads) gOut[i] = from_float<Element>(filler(kind));
     return;
   }
   // Slots fill up in order: those present are the first ones, and their order does not matter.
-  const int64_t present = min(position, a.window - 1) + 1, current = position % a.window;
+  const int present = static_cast<int>(min(position, int64_t(a.window - 1))) + 1;
+  const int current = static_cast<int>(position % a.window);
   const auto rows_of = [&](void* cache, const int64_t* stride) {
     return static_cast<Element*>(cache) + row.slot * stride[0] + h * stride[2];
   };
   Element* gK = rows_of(a.k_cache, a.k_cache_stride);
   Element* gV = rows_of(a.v_cache, a.v_cache_stride);
-  const auto token = [&](const void* x, const int64_t* stride) {
-    return static_cast<const Element*>(x) + b * stride[0] + h * stride[1];
-  };
-  const Element *new_k = token(a.k, a.k_stride), *new_v = token(a.v, a.v_stride);
 
-  using Vec = Packed<Element, kVec>;
-  Vec rK[kKeys][kChunks], rV[kKeys][kChunks];
-  const auto load_keys = [&](int64_t first) {
+  // A thread reads back only what it fetched itself, so no barrier is between the two. This token's
+  // own key and value do not come from the ring, they go there.
+  int next = group;  // the next key of this group to fetch
+  const auto fetch_stage = [&](int stage) {
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n) {
-      const int64_t s = first + n * kGroups + group;
+    for (int n = 0; n < kKeys; ++n, next += kGroups) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int i = (c * kLanes + lane) * kVec;
-        rK[n][c] = rV[n][c] = {};
-        if (s >= present || i >= V) continue;
-        // This token's own key and value do not come from the ring, they go there.
-        Element* ring_v = gV + s * a.v_cache_stride[1] + i;
-        rV[n][c] = *reinterpret_cast<const Vec*>(s == current ? new_v + i : ring_v);
-        if (s == current) {
-          *reinterpret_cast<Vec*>(ring_v) = rV[n][c];
-        } else {
-          rK[n][c] = *reinterpret_cast<const Vec*>(gK + s * a.k_cache_stride[1] + i);
-        }
+        if (next >= present || next == current || i >= V) continue;
+        fetch<Element, kVec>(&sKeys[stage][n][c][tid], gK + next * a.k_cache_stride[1] + i);
+        fetch<Element, kVec>(&sValues[stage][n][c][tid], gV + next * a.v_cache_stride[1] + i);
       }
     }
+    cp_async_commit();
   };
-  load_keys(0);
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) fetch_stage(stage);
 
+  const auto token = [&](const void* x, const int64_t* stride) {
+    return static_cast<const Element*>(x) + b * stride[0] + h * stride[1];
+  };
   const float* gCos = a.cos + b * a.cos_stride;
   const float* gSin = a.sin + b * a.sin_stride;
-  load_rotated(sQ, token(a.q, a.q_stride), gCos, gSin, V, a.rotary);
-  load_rotated(sK, new_k, gCos, gSin, V, a.rotary);
+  const Element *gNewQ = token(a.q, a.q_stride), *gNewK = token(a.k, a.k_stride);
+  const Element* gNewV = token(a.v, a.v_stride);
+  for (int i = tid; i < V; i += kThreads) {
+    const float q = rotated(gNewQ, i, gCos, gSin, a.rotary);
+    const float k = rotated(gNewK, i, gCos, gSin, a.rotary);
+    const float v = to_float(gNewV[i]);
+    sQ[i] = q * a.scale, sK[i] = k, sV[i] = v;
+    gK[current * a.k_cache_stride[1] + i] = from_float<Element>(k);
+    gV[current * a.v_cache_stride[1] + i] = from_float<Element>(v);
+  }
   __syncthreads();
   float rQ[kSize];
 #pragma unroll
@@ -127,28 +140,35 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const int at = (c * kLanes + lane) * kVec + i;
-      rQ[c * kVec + i] = at < V ? sQ[at] * a.scale : 0.0f;
+      rQ[c * kVec + i] = at < V ? sQ[at] : 0.0f;
     }
   }
+  // Chunk c of key or value s, as fp32; 0 past V.
+  const auto read = [&](float* x, const Vec& fetched, const float* own, int c, int s) {
+    const int at = (c * kLanes + lane) * kVec;
+    if (s == current && at < V) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) x[i] = own[at + i];
+    } else if (s < present && at < V) {
+      fetched.to_floats(x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) x[i] = 0.0f;
+    }
+  };
 
   Partial<kSize> part;
-  for (int64_t first = 0; first < present; first += kKeys * kGroups) {
-    if (first > 0) load_keys(first);
+  int stage = 0;
+  for (int first = 0; first < present; first += kKeys * kGroups) {
+    cp_async_wait<kStages - 1>();
     float score[kKeys];
-    float max = part.max;
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
-      const int64_t s = first + n * kGroups + group;
       score[n] = 0;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const int at = (c * kLanes + lane) * kVec;
-        if (s == current && at < V) {
-          rK[n][c].from_floats(sK + at);
-          *reinterpret_cast<Vec*>(gK + s * a.k_cache_stride[1] + at) = rK[n][c];
-        }
         float key[kVec];
-        rK[n][c].to_floats(key);
+        read(key, sKeys[stage][n][c][tid], sK, c, first + n * kGroups + group);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) score[n] += rQ[c * kVec + i] * key[i];
       }
@@ -158,6 +178,7 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
 #pragma unroll
       for (int n = 0; n < kKeys; ++n) score[n] += __shfl_xor_sync(0xffffffffu, score[n], mask);
     }
+    float max = part.max;
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
       if (first + n * kGroups + group < present) max = fmaxf(max, score[n]);
@@ -165,17 +186,19 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
     part.rescale(max);
 #pragma unroll
     for (int n = 0; n < kKeys; ++n) {
-      const bool there = first + n * kGroups + group < present;
-      const float weight = there ? __expf(score[n] - max) : 0.0f;
+      const int s = first + n * kGroups + group;
+      const float weight = s < present ? __expf(score[n] - max) : 0.0f;
       part.sum += weight;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         float value[kVec];
-        rV[n][c].to_floats(value);
+        read(value, sValues[stage][n][c][tid], sV, c, s);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) part.out[c * kVec + i] += weight * value[i];
       }
     }
+    fetch_stage(stage);
+    stage = stage + 1 < kStages ? stage + 1 : 0;
   }
 
   // The groups of a warp, then the warps.
@@ -208,7 +231,7 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
     factor[w] = __expf(sMax[w] - max);
     sum += factor[w] * sSum[w];
   }
-  for (int i = tid; i < V; i += kWindowDecodeThreads) {
+  for (int i = tid; i < V; i += kThreads) {
     float out = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) out += factor[w] * sOut[w][i];

@@ -27,7 +27,8 @@ WindowDecodeArgs window_decode_args(const SlidingWindowDecodeParams& p) {
     a.rotary = static_cast<int>(p.cos.size[1]);
   }
   a.state_indices = index_vector(p.state_indices), a.positions = index_vector(p.positions);
-  a.slots = p.k_cache.size[0], a.heads = p.q.size[1], a.window = p.k_cache.size[1];
+  a.slots = p.k_cache.size[0], a.window = static_cast<int>(p.k_cache.size[1]);
+  a.heads = static_cast<int>(p.q.size[1]);
   a.V = static_cast<int>(p.q.size[2]), a.scale = static_cast<float>(p.scale);
   return a;
 }
@@ -66,6 +67,10 @@ Status sliding_window_decode(const SlidingWindowDecodeParams& p, void*, Stream s
   if (blocks > INT32_MAX) {
     return make_status(StatusCode::kUnsupported, "%s: q: expected B * H < 2^31, got %lld", kOp,
                        static_cast<long long>(blocks));
+  }
+  if (p.k_cache.size[1] > (1 << 30)) {
+    return make_status(StatusCode::kUnsupported, "%s: k_cache: expected window <= 2^30, got %lld",
+                       kOp, static_cast<long long>(p.k_cache.size[1]));
   }
   if (blocks == 0) return status;
   return dispatch_element(kOp, p.q.dtype, [&](auto type) {

@@ -47,7 +47,7 @@ def unaligned(x):
 # ---- every width -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head_dim", [1, 8, 16, 20, 64, 112, 128, 200, 256, 300, 1100])
+@pytest.mark.parametrize("head_dim", [1, 8, 16, 20, 64, 112, 128, 200, 255, 300, 1024])
 @pytest.mark.parametrize("feature_dim", [1, 8, 16, 24, 32, 64])
 def test_linear_widths(feature_dim, head_dim):
     for dtype in GPU_DTYPES:
@@ -94,6 +94,24 @@ def test_unaligned_pointers(dtype):
     expected = based_ops.sliding_window_decode(*token, *rings, positions)
     out = based_ops.sliding_window_decode(*map(unaligned, token), *copies, positions)
     assert_close([out, *copies], [expected, *rings], dtype)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 64, 256])
+def test_rows_of_the_state_with_gaps(head_dim, deferred):
+    """A state that is part of a wider one: no copy takes more than a row at a time."""
+    tensors = [*linear_token(3, 2, 16, head_dim), *linear_state(3, 2, 16, head_dim)]
+    function = based_ops.linear_attention_decode
+    if deferred:
+        function = based_ops.linear_attention_decode_deferred
+        tensors += [*pending(3, 2, 16, head_dim), indices(3, 0, 2)]
+    wide = torch.full((*tensors[3].shape[:-1], head_dim + 8), 7.0, device="cuda")
+    views = list(tensors)
+    views[3] = wide[..., 4:-4].copy_(tensors[3])
+    views[4:] = [x.clone() for x in tensors[4:]]
+    assert torch.equal(function(*tensors), function(*views))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, views))
+    assert (wide[..., :4] == 7).all() and (wide[..., -4:] == 7).all()
 
 
 @pytest.mark.parametrize("op", ["linear", "deferred", "window"])
@@ -180,6 +198,11 @@ def test_fold_of_bad_rows_touches_nothing():
 def test_limits_are_named():
     token, state = linear_token(1, 1, 65, 8), linear_state(1, 1, 65, 8)
     with pytest.raises(RuntimeError, match="^linear_attention_decode: q: .*feature_dim <= 64"):
+        based_ops.linear_attention_decode(*token, *state)
+    token, state = linear_token(1, 1, 8, 258), linear_state(1, 1, 8, 258)
+    with pytest.raises(
+        RuntimeError, match="^linear_attention_decode: v: .*multiple of 4 up to 1024"
+    ):
         based_ops.linear_attention_decode(*token, *state)
     token = randn(3, 1, 1, 264, dtype=F32, device="cuda")
     with pytest.raises(RuntimeError, match="^sliding_window_decode: q: .*head_dim <= 256"):

@@ -1,0 +1,75 @@
+// Bulk copies from global to shared memory (Hopper's copy engine), and the barrier they complete
+// on. On older architectures nothing here may be called.
+#pragma once
+
+#include <cstdint>
+
+namespace based::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasBulkCopy = false;
+#else
+constexpr bool kHasBulkCopy = true;
+#endif
+
+// One phase after the other: each ends when the bytes that were announced have arrived.
+struct CopyBarrier {
+  uint64_t state;  // in shared memory
+
+  __device__ __forceinline__ uint32_t address() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&state));
+  }
+
+  // By one thread; other threads may wait after the next block barrier.
+  __device__ __forceinline__ void init() {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;\n" ::"r"(address()) : "memory");
+  }
+
+  // By that thread: `bytes` (a multiple of 16) between 16-byte aligned addresses.
+  __device__ __forceinline__ void copy(void* shared, const void* global, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(address()), "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(bytes), "r"(address())
+        : "memory");
+#endif
+  }
+
+  // Until the phase of this parity (0, 1, 0, ...) has ended.
+  __device__ __forceinline__ void wait(int parity) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (done == 0) {
+      asm volatile(
+          "{\n"
+          ".reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n"
+          "}\n"
+          : "=r"(done)
+          : "r"(address()), "r"(parity)
+          : "memory");
+    }
+#endif
+  }
+};
+
+// This thread's ordinary accesses to shared memory come before the bulk copies that a thread issues
+// after the next block barrier.
+__device__ __forceinline__ void fence_proxy_async() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+// After init(), before copy(), by the thread that calls both.
+__device__ __forceinline__ void fence_barrier_init() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+#endif
+}
+
+}  // namespace based::cuda
