@@ -14,16 +14,16 @@ struct TokenGradient {
   float g, dgate;
 };
 
-template <bool kSilu>
-__device__ __forceinline__ TokenGradient token_gradient(float sum, float dout, float gate) {
-  if (!kSilu) return {dout * gate, dout * sum};
+__device__ __forceinline__ TokenGradient token_gradient(float sum, float dout, float gate,
+                                                        bool silu) {
+  if (!silu) return {dout * gate, dout * sum};
   const float s = sigmoid(sum), a = sum * s;
   return {dout * gate * (s + a * (1.0f - s)), dout * a};
 }
 
 // One thread per kVec channels and run of tokens; it computes g of the K-1 tokens behind the run
 // again, because dx of its last tokens needs them.
-template <class Element, int kTaps, int kVec, bool kSilu>
+template <class Element, int kTaps, int kVec, class Mode>
 struct ConvGradient {
   Convolution<Element, kTaps, kVec> conv;
   float g[kTaps][kVec];              // of the last K tokens
@@ -39,14 +39,14 @@ struct ConvGradient {
     const Element* next_dout = token_of<Element>(args.dout, row, begin, channel);
     Element* next_dgate = mutable_token_of<Element>(args.dgate, row, begin, channel);
     Element* next_dx = mutable_token_of<Element>(args.dx, row, begin - (kTaps - 1), channel);
-    const bool gated = args.gate.data != nullptr, wants_dgate = args.dgate.data != nullptr;
+    const bool gated = Mode::gated(args), wants_dgate = gated && args.dgate.data != nullptr;
     // Tokens are counted from begin: `count` to work on, of `behind` to walk, of which `known` are
     // in the sequence.
     const int count = static_cast<int>(end - begin), behind = count + kTaps - 1;
     const int known = static_cast<int>(min(span.end - begin, int64_t(behind)));
 
     for (int first = 0; first < behind; first += kAhead) {
-      Vector<Element, kVec> x[kAhead] = {}, gate[kAhead] = {}, dout[kAhead] = {};
+      Vector<Element, kVec> x[kAhead], gate[kAhead], dout[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         if (first + u < known) {
@@ -61,7 +61,7 @@ struct ConvGradient {
         const int t = first + u, s = t - (kTaps - 1);
         conv.push(x[u]);
         float dgate[kVec], dx[kVec];
-        push_gradient(t < known, span, dout[u], gate[u], gated, dgate);
+        push_gradient(args, t < known, span, dout[u], gate[u], dgate);
         if (t < count) {
           add_weight_gradient();
           if (wants_dgate) store_vector(next_dgate, dgate);
@@ -76,17 +76,16 @@ struct ConvGradient {
   }
 
   // The token pushed last into conv is next; its g is 0 when it is not in the sequence.
-  __device__ __forceinline__ void push_gradient(bool known, const Span& span,
-                                                const Vector<Element, kVec>& dout,
-                                                const Vector<Element, kVec>& gate, bool gated,
+  __device__ __forceinline__ void push_gradient(const ConvBackwardArgs& args, bool known,
+                                                const Span& span, const Vector<Element, kVec>& dout,
+                                                const Vector<Element, kVec>& gate,
                                                 float (&dgate)[kVec]) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
 #pragma unroll
       for (int j = 1; j < kTaps; ++j) g[j - 1][i] = g[j][i];
-      const float factor = gated ? to_float(gate.values[i]) : 1.0f;
-      const TokenGradient token =
-          token_gradient<kSilu>(conv.sum(i), to_float(dout.values[i]), factor);
+      const TokenGradient token = token_gradient(
+          conv.sum(i), dout[i], Mode::gated(args) ? gate[i] : 1.0f, Mode::silu(args));
       g[kTaps - 1][i] = known ? token.g : absent(span);
       dgate[i] = token.dgate;
     }
@@ -118,10 +117,10 @@ struct ConvGradient {
   }
 };
 
-template <class Element, int kTaps, int kVec, class Tile, bool kSilu>
+template <class Element, int kTaps, int kVec, class Tile, class Mode>
 __global__ void __launch_bounds__(Tile::kThreads) short_conv_bwd_kernel(ConvBackwardArgs args) {
   const ConvPlace place = conv_place<Tile, kVec>(args);
-  ConvGradient<Element, kTaps, kVec, kSilu> gradient;
+  ConvGradient<Element, kTaps, kVec, Mode> gradient;
   if (place.channel < args.channels) {
     gradient.conv.load_filter(args, place.channel);
     for (int64_t t = place.begin; t < place.end;) {
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(Tile::kThreads) short_conv_bwd_kernel(ConvBack
 }
 
 // dinitial_n: the gradient of the K-1 inputs before sequence n, from g of its first K-1 tokens.
-template <class Element, int kTaps, bool kSilu>
+template <class Element, int kTaps>
 __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_t rows) {
   int64_t n;
   int channel;
@@ -170,7 +169,7 @@ __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_
   const Element* gDout = row_of<Element>(args.dout, row, channel);
   Element* gDinitial = state_of<Element>(args.dinitial, n, channel);
   const bool gated = args.gate.data != nullptr;
-  ConvGradient<Element, kTaps, 1, kSilu> gradient;
+  ConvGradient<Element, kTaps, 1, ConvMode<>> gradient;
   gradient.conv.load_filter(args, channel);
   gradient.conv.start(args, gX, span, span.begin, channel);
 #pragma unroll
@@ -179,7 +178,7 @@ __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_
   for (int i = 0; i < kTaps - 1; ++i) {
     const int64_t t = span.begin + i;
     const bool known = t < span.end;
-    Vector<Element, 1> x = {}, gate = {}, dout = {};
+    Vector<Element, 1> x, gate, dout;
     if (known) {
       x = load_vector<1>(gX + t * args.x.stride1);
       dout = load_vector<1>(gDout + t * args.dout.stride1);
@@ -187,7 +186,7 @@ __global__ void short_conv_initial_gradient_kernel(ConvBackwardArgs args, int64_
     }
     float dgate[1], dx[1];
     gradient.conv.push(x);
-    gradient.push_gradient(known, span, dout, gate, gated, dgate);
+    gradient.push_gradient(args, known, span, dout, gate, dgate);
     gradient.input_gradient(args, span, t, channel, dx);
     gDinitial[i] = from_float<Element>(dx[0]);
   }

@@ -30,6 +30,7 @@ struct ConvArgs {
   int64_t seqlen;
   int64_t row_tiles;  // blocks along T in each batch row
   int channels, channel_tiles;
+  bool silu;
   bool dense_weight;  // rows of weight follow each other, aligned for vectors
 };
 
@@ -59,6 +60,18 @@ __device__ __forceinline__ Element* mutable_token_of(const Slab& slab, int64_t r
                                                      int channel) {
   return const_cast<Element*>(token_of<Element>(slab, row, t, channel));
 }
+
+// Whether there is an activation and a gate. The wide kernels know when they are compiled (1 or 0):
+// a branch around the activation would chain its special-function calls one after the other.
+template <int kSilu = -1, int kGated = -1>
+struct ConvMode {
+  __device__ __forceinline__ static bool silu(const ConvArgs& args) {
+    return kSilu < 0 ? args.silu : kSilu == 1;
+  }
+  __device__ __forceinline__ static bool gated(const ConvArgs& args) {
+    return kGated < 0 ? args.gate.data != nullptr : kGated == 1;
+  }
+};
 
 // The K-1 values of a channel in a state.
 template <class Element>
@@ -122,25 +135,19 @@ struct Convolution {
   __device__ __forceinline__ void load_filter(const ConvArgs& args, int channel) {
     const Element* gWeight = row_of<Element>(args.weight, channel, 0);
     const Element* gBias = static_cast<const Element*>(args.bias);
-    Vector<Element, kVec> taps[kTaps];  // (kVec, kTaps), as in memory
+    Vector<Element, kVec> rows[kTaps];  // (kVec, kTaps), as in memory
+    if (args.dense_weight) {
 #pragma unroll
-    for (int n = 0; n < kTaps; ++n) {
-      if (args.dense_weight) {
-        taps[n] = load_vector<kVec>(gWeight + n * kVec);
-        continue;
-      }
-#pragma unroll
-      for (int m = 0; m < kVec; ++m) {
-        const int i = (n * kVec + m) / kTaps, j = (n * kVec + m) % kTaps;
-        taps[n].values[m] = gWeight[i * args.weight.stride0 + j];
-      }
+      for (int n = 0; n < kTaps; ++n) rows[n] = load_vector<kVec>(gWeight + n * kVec);
     }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       bias[i] = gBias == nullptr ? 0.0f : to_float(gBias[channel + i]);
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) {
-        weight[j][i] = to_float(taps[(i * kTaps + j) / kVec].values[(i * kTaps + j) % kVec]);
+        const int place = i * kTaps + j;
+        weight[j][i] = args.dense_weight ? rows[place / kVec][place % kVec]
+                                         : to_float(gWeight[i * args.weight.stride0 + j]);
       }
     }
   }
@@ -153,7 +160,9 @@ struct Convolution {
     for (int j = 1; j < kTaps; ++j) {
       const int64_t s = t - kTaps + j;
       if (s >= span.begin) {
-        to_floats(window[j], load_vector<kVec>(gX + s * args.x.stride1));
+        const Vector<Element, kVec> input = load_vector<kVec>(gX + s * args.x.stride1);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) window[j][i] = input[i];
         continue;
       }
       const bool stored = args.initial.data != nullptr && span.n >= 0;
@@ -168,11 +177,11 @@ struct Convolution {
 
   __device__ __forceinline__ void push(const Vector<Element, kVec>& input) {
 #pragma unroll
-    for (int j = 1; j < kTaps; ++j) {
+    for (int i = 0; i < kVec; ++i) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) window[j - 1][i] = window[j][i];
+      for (int j = 1; j < kTaps; ++j) window[j - 1][i] = window[j][i];
+      window[kTaps - 1][i] = input[i];
     }
-    to_floats(window[kTaps - 1], input);
   }
 
   __device__ __forceinline__ float sum(int i) const {

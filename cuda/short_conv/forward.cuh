@@ -10,12 +10,12 @@ namespace based::cuda {
 
 // One thread per kVec channels and run of tokens. A run that crosses from one packed sequence into
 // the next starts again there with that sequence's initial state.
-template <class Element, int kTaps, int kVec, class Tile, bool kSilu>
+template <class Element, int kTaps, int kVec, class Tile, class Mode>
 __global__ void __launch_bounds__(Tile::kThreads) short_conv_fwd_kernel(ConvArgs args) {
   const ConvPlace place = conv_place<Tile, kVec>(args);
   if (place.channel >= args.channels) return;
   const Element* gX = row_of<Element>(args.x, place.row, place.channel);
-  const bool gated = args.gate.data != nullptr;
+  const bool silu = Mode::silu(args), gated = Mode::gated(args);
   Convolution<Element, kTaps, kVec> conv;
   conv.load_filter(args, place.channel);
 
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Tile::kThreads) short_conv_fwd_kernel(ConvArgs
     const Element* next_gate = token_of<Element>(args.gate, place.row, t, place.channel);
     Element* next_out = mutable_token_of<Element>(args.out, place.row, t, place.channel);
     for (int left = count; left > 0; left -= Tile::kAhead) {
-      Vector<Element, kVec> x[Tile::kAhead] = {}, gate[Tile::kAhead] = {};
+      Vector<Element, kVec> x[Tile::kAhead], gate[Tile::kAhead];
 #pragma unroll
       for (int u = 0; u < Tile::kAhead; ++u) {
         if (u < left) x[u] = load_vector<kVec>(next_x);
@@ -41,11 +41,8 @@ __global__ void __launch_bounds__(Tile::kThreads) short_conv_fwd_kernel(ConvArgs
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
           out[i] = conv.sum(i);
-          if (kSilu) out[i] *= sigmoid(out[i]);
-        }
-        if (gated) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) out[i] *= to_float(gate[u].values[i]);
+          if (silu) out[i] *= sigmoid(out[i]);
+          if (gated) out[i] *= gate[u][i];
         }
         if (u < left) store_vector(next_out, out);
         next_out += args.out.stride1;

@@ -24,15 +24,16 @@ Status short_conv(const ShortConvParams& p, void*, Stream stream_) {
     const auto launch = [&](auto vec) {
       using Tile = ConvForwardTile;
       const int64_t tiles = lay_out<Element, Tile>(p, vec, args);
-      return dispatch_filter(op, taps, p.activation, [&](auto k, auto silu) {
-        return with_grid(op, tiles * args.channel_tiles, [&](unsigned grid) {
-          short_conv_fwd_kernel<Element, k(), vec(), Tile, silu()>
-              <<<grid, Tile::kThreads, 0, stream>>>(args);
+      return dispatch_taps(op, taps, [&](auto k) {
+        return dispatch_mode<vec()>(args.silu, p.gate.rank >= 0, [&](auto mode) {
+          return with_grid(op, tiles * args.channel_tiles, [&](unsigned grid) {
+            short_conv_fwd_kernel<Element, k(), vec(), Tile, decltype(mode)>
+                <<<grid, Tile::kThreads, 0, stream>>>(args);
+          });
         });
       });
     };
-    constexpr int kVec = kConvForwardBytes / sizeof(Element);
-    return dispatch_vector<Element, kVec>(args.channels, launch, p.x, p.gate, p.out);
+    return dispatch_vector<Element>(args.channels, launch, p.x, p.gate, p.out);
   });
 }
 
@@ -46,13 +47,13 @@ Status short_conv_decode(const ShortConvDecodeParams& p, void*, Stream stream) {
   args.bias = p.bias.rank < 0 ? nullptr : p.bias.data;
   args.state_indices = index_vector(p.state_indices);
   args.batch = p.x.size[0], args.slots = p.conv_state.size[0];
-  args.channels = static_cast<int>(p.x.size[1]);
+  args.channels = static_cast<int>(p.x.size[1]), args.silu = p.activation == Activation::kSilu;
   return dispatch_element(op, p.x.dtype, [&](auto type) {
     using Element = typename decltype(type)::type;
-    return dispatch_filter(op, p.weight.size[1], p.activation, [&](auto k, auto silu) {
+    return dispatch_taps(op, p.weight.size[1], [&](auto k) {
       const int64_t blocks = ceil_div(args.batch * args.channels, kStateThreads);
       return with_grid(op, blocks, [&](unsigned grid) {
-        short_conv_decode_kernel<Element, k(), silu()>
+        short_conv_decode_kernel<Element, k()>
             <<<grid, kStateThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
       });
     });

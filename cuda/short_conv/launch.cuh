@@ -15,18 +15,25 @@ constexpr int kStateThreads = 256;  // of the kernels with a thread per row and 
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// fn(Int<K>{}, std::bool_constant<silu>{}) for K = 2..8 taps, which validate has made sure of.
+// fn(Int<K>{}) for K = 2..8 taps, which validate has made sure of.
 template <int kTaps = 2, class Fn>
-Status dispatch_filter(const char* op, int64_t taps, Activation activation, const Fn& fn) {
-  if constexpr (kTaps < kConvMaxTaps) {
-    if (taps != kTaps) return dispatch_filter<kTaps + 1>(op, taps, activation, fn);
+Status dispatch_taps(const char* op, int64_t taps, const Fn& fn) {
+  if (taps == kTaps) return fn(Int<kTaps>{});
+  if constexpr (kTaps < kConvMaxTaps) return dispatch_taps<kTaps + 1>(op, taps, fn);
+  return make_status(StatusCode::kUnsupported, "%s: weight: expected K = 2..8 taps, got %lld", op,
+                     static_cast<long long>(taps));
+}
+
+// fn(ConvMode{}): one that is known when compiling for kVec > 1.
+template <int kVec, class Fn>
+Status dispatch_mode(bool silu, bool gated, const Fn& fn) {
+  if constexpr (kVec == 1) {
+    return fn(ConvMode<>{});
+  } else if (silu) {
+    return gated ? fn(ConvMode<1, 1>{}) : fn(ConvMode<1, 0>{});
+  } else {
+    return gated ? fn(ConvMode<0, 1>{}) : fn(ConvMode<0, 0>{});
   }
-  if (taps != kTaps) {
-    return make_status(StatusCode::kUnsupported, "%s: weight: expected K = 2..8 taps, got %lld", op,
-                       static_cast<long long>(taps));
-  }
-  return activation == Activation::kSilu ? fn(Int<kTaps>{}, std::true_type{})
-                                         : fn(Int<kTaps>{}, std::false_type{});
 }
 
 // Whether vectors of `bytes` of a (B, T, C) tensor are aligned, every row and token of it.
@@ -39,12 +46,12 @@ inline bool is_aligned(const TensorView& view, int64_t bytes, int64_t element_si
   return aligned;
 }
 
-// fn(Int<channels per vector>{}): kVec where every tensor is aligned to that, else 1.
-template <class Element, int kVec, class Fn, class... Views>
+// fn(Int<channels per vector>{}): kConvVector where every tensor is aligned to that, else 1.
+template <class Element, class Fn, class... Views>
 Status dispatch_vector(int64_t channels, const Fn& fn, const Views&... views) {
-  constexpr int kSize = sizeof(Element), kBytes = kVec * kSize;
-  const bool aligned = channels % kVec == 0 && (is_aligned(views, kBytes, kSize) && ...);
-  return aligned ? fn(Int<kVec>{}) : fn(Int<1>{});
+  constexpr int kSize = sizeof(Element), kBytes = kConvVector * kSize;
+  const bool aligned = channels % kConvVector == 0 && (is_aligned(views, kBytes, kSize) && ...);
+  return aligned ? fn(Int<kConvVector>{}) : fn(Int<1>{});
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,6 +62,7 @@ inline ConvArgs arguments(const ShortConvParams& p) {
   args.initial = slab(p.initial_state), args.final_state = slab(p.final_state);
   args.weight = slab(p.weight), args.bias = p.bias.rank < 0 ? nullptr : p.bias.data;
   args.cu_seqlens = index_vector(p.cu_seqlens);
+  args.silu = p.activation == Activation::kSilu;
   args.seqlen = p.x.size[1], args.channels = static_cast<int>(p.x.size[2]);
   return args;
 }

@@ -33,20 +33,24 @@ Status short_conv_backward(const ShortConvBackwardParams& p, void* workspace, St
     const auto launch = [&](auto vec) {
       using Tile = ConvBackwardTile;
       const int64_t tiles = lay_out<Element, Tile>(p, vec, args);
-      return dispatch_filter(op, taps, p.activation, [&](auto k, auto silu) {
-        status = with_grid(op, tiles * args.channel_tiles, [&](unsigned grid) {
-          short_conv_bwd_kernel<Element, k(), vec(), Tile, silu()>
-              <<<grid, Tile::kThreads, 0, stream>>>(args);
-        });
-        if (!status.ok() || p.dinitial_state.rank < 0) return status;
-        return with_grid(op, ceil_div(n * args.channels, kStateThreads), [&](unsigned grid) {
-          short_conv_initial_gradient_kernel<Element, k(), silu()>
-              <<<grid, kStateThreads, 0, stream>>>(args, n);
+      return dispatch_taps(op, taps, [&](auto k) {
+        return dispatch_mode<vec()>(args.silu, p.gate.rank >= 0, [&](auto mode) {
+          return with_grid(op, tiles * args.channel_tiles, [&](unsigned grid) {
+            short_conv_bwd_kernel<Element, k(), vec(), Tile, decltype(mode)>
+                <<<grid, Tile::kThreads, 0, stream>>>(args);
+          });
         });
       });
     };
-    status = dispatch_vector<Element, kConvBackwardVector>(args.channels, launch, p.x, p.gate,
-                                                           p.dout, p.dx, p.dgate);
+    status = dispatch_vector<Element>(args.channels, launch, p.x, p.gate, p.dout, p.dx, p.dgate);
+    if (status.ok() && p.dinitial_state.rank >= 0) {
+      status = dispatch_taps(op, taps, [&](auto k) {
+        return with_grid(op, ceil_div(n * args.channels, kStateThreads), [&](unsigned grid) {
+          short_conv_initial_gradient_kernel<Element, k()>
+              <<<grid, kStateThreads, 0, stream>>>(args, n);
+        });
+      });
+    }
     if (!status.ok()) return status;
     return with_grid(op, ceil_div(args.channels, kConvLanes) * (taps + 1), [&](unsigned grid) {
       short_conv_reduce_kernel<Element>

@@ -38,9 +38,10 @@ struct ConvDecodeArgs {
   IndexVector state_indices;
   int64_t batch, slots;
   int channels;
+  bool silu;
 };
 
-template <class Element, int kTaps, bool kSilu>
+template <class Element, int kTaps>
 __global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t row = index / args.channels;
@@ -62,7 +63,7 @@ __global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
       args.bias == nullptr ? 0.0f : to_float(static_cast<const Element*>(args.bias)[channel]);
 #pragma unroll
   for (int j = 0; j < kTaps; ++j) sum += to_float(gWeight[j]) * to_float(inputs[j]);
-  if (kSilu) sum *= sigmoid(sum);
+  if (args.silu) sum *= sigmoid(sum);
   if (args.gate.data != nullptr) sum *= to_float(*row_of<Element>(args.gate, row, channel));
   *gOut = from_float<Element>(sum);
 #pragma unroll

@@ -5,8 +5,7 @@ namespace based::cuda {
 
 constexpr int kConvMaxTaps = 8;
 constexpr int kConvLanes = 32;  // of a warp, each with a vector of channels
-constexpr int kConvForwardBytes = 16;
-constexpr int kConvBackwardVector = 4;  // channels: its sums need the registers
+constexpr int kConvVector = 4;  // channels; more of them cost the registers that hide latency
 
 // A thread walks kRun tokens of its channels, kAhead of them loaded before they are used; a block
 // is kGroups such runs, one after the other in time.
@@ -17,7 +16,7 @@ struct ConvTile {
   static_assert(kRun % kAhead == 0, "a run is whole steps");
 };
 
-using ConvForwardTile = ConvTile<16, 2, 4>;
+using ConvForwardTile = ConvTile<16, 4, 4>;
 using ConvBackwardTile = ConvTile<32, 2, 4>;
 
 }  // namespace based::cuda
