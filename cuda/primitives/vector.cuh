@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "based/types.h"
 #include "primitives/element.cuh"
 
 namespace based::cuda {
@@ -55,6 +56,17 @@ __device__ __forceinline__ void store_vector(Element* to, const float (&from)[kV
     }
     *reinterpret_cast<Vector<Element, kVec>*>(to) = vector;
   }
+}
+
+// Whether the rows of a tensor start at whole vectors of `count` elements of so many bytes.
+inline bool rows_are_vectors(const TensorView& view, int count, int element_bytes) {
+  if (view.rank < 0) return true;
+  if (reinterpret_cast<uintptr_t>(view.data) % (count * element_bytes) != 0) return false;
+  if (view.rank > 0 && view.size[view.rank - 1] % count != 0) return false;
+  for (int i = 0; i + 1 < view.rank; ++i) {
+    if (view.size[i] > 1 && view.stride[i] % count != 0) return false;
+  }
+  return true;
 }
 
 }  // namespace based::cuda
