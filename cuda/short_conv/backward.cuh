@@ -118,7 +118,8 @@ struct ConvGradient {
 };
 
 template <class Element, int kTaps, int kVec, class Tile, class Mode>
-__global__ void __launch_bounds__(Tile::kThreads) short_conv_bwd_kernel(ConvBackwardArgs args) {
+__global__ void __launch_bounds__(Tile::kThreads, conv_backward_blocks(kTaps))
+    short_conv_bwd_kernel(ConvBackwardArgs args) {
   const ConvPlace place = conv_place<Tile, kVec>(args);
   ConvGradient<Element, kTaps, kVec, Mode> gradient;
   if (place.channel < args.channels) {

@@ -17,6 +17,9 @@ struct ConvTile {
 };
 
 using ConvForwardTile = ConvTile<16, 4, 4>;
-using ConvBackwardTile = ConvTile<32, 2, 4>;
+using ConvBackwardTile = ConvTile<64, 4, 4>;
+
+// Blocks of the backward that an SM has to hold: few taps then fit, at 128 registers a thread.
+constexpr int conv_backward_blocks(int taps) { return taps <= 3 ? 4 : 1; }
 
 }  // namespace based::cuda
