@@ -15,29 +15,6 @@
 
 namespace based::cuda {
 
-// Accumulators of rows row0 ... that are `wanted`, columns column ... of the target.
-template <class T, int kOut, class WantedFn>
-__device__ __forceinline__ void store_accumulators(const float (&x)[kOut / 8][4],
-                                                   const RowSource<typename T::Element>& target,
-                                                   int row0, int column, int head_dim,
-                                                   const WantedFn& wanted) {
-  const int l = threadIdx.x % 32;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = row0 + l / 4 + 8 * r;
-    if (!wanted(row)) continue;
-    typename T::Element* to = target.row(row);
-#pragma unroll
-    for (int j = 0; j < kOut / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int c = column + 8 * j + l % 4 * 2 + i;
-        if (c < head_dim) to[c] = from_float<typename T::Element>(x[j][2 * r + i]);
-      }
-    }
-  }
-}
-
 // A lane's share of <x, y>, x in global and y in shared memory: every fourth chunk.
 template <class T>
 __device__ __forceinline__ float quarter_dot(const typename T::Element* x,
@@ -77,9 +54,9 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
                                       const __grid_constant__ WindowLayout layout, float* deltas) {
   using Traits = WindowTraits<T, WindowPass::kQueries>;
   using Element = typename T::Element;
-  constexpr int kColumns = Traits::kColumns, kOut = Traits::kOut;
+  constexpr int kStep = Traits::kStep, kOut = Traits::kOut;
   extern __shared__ __align__(16) char shared[];
-  const Columns<Traits> columns = columns_of<Traits>(shared);
+  const Columns<Traits> columns = columns_of<Traits>(shared, layout);
 
   const int h = blockIdx.x % layout.heads;
   const TokenTile tile = token_tile(layout, blockIdx.x / layout.heads);
@@ -88,14 +65,17 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
   if (t0 >= seq.length) return;
   const int t_end = min(t0 + layout.rows, seq.length);
 
-  __shared__ RowSource<Element> q, k, v, dq;
-  __shared__ RowSource<float> delta_of;
+  __shared__ RowSource<Element> q, k, v, out, dout, dq;
+  __shared__ RowSource<float> lse_of, delta_of;
   const int computing_warps = blockDim.x / 32 - 1, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     q = row_source<Element>(p.q, seq, h);
     k = row_source<Element>(p.k, p.initial_k_cache, seq, h, layout.ring_size);
     v = row_source<Element>(p.v, p.initial_v_cache, seq, h, layout.ring_size);
+    out = row_source<Element>(p.out, seq, h);
+    dout = row_source<Element>(p.dout, seq, h);
     dq = row_source<Element>(p.dq, seq, h);
+    lse_of = row_source<float>(p.lse, seq, h);
     delta_of = delta_source(deltas, layout, seq, h);
     columns.init(computing_warps);
   }
@@ -110,112 +90,127 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
 
   const Band band = {layout.window - 1, 0, -seq.past, seq.length - 1};
   const int s0 = t0 + ((band.first(t0) - t0) & ~15);
-  const int tiles = (t_end - s0 + kColumns - 1) / kColumns;
+  const int last_strip = t0 + (t_end - 1 - t0) / kBlock * kBlock;
+  const int count = ((band.last(last_strip + 15) - s0) >> 4) + kStep;
   if (warp == computing_warps) {
+    const RowSource<Element> rK = k, rV = v;
     bool again = false;
-    for (int before = 0, out0 = 0; out0 < T::kV;) {
+    for (int before = 0, out0 = 0; out0 < T::kV; before += count) {
       columns.template produce<true, false>(
-          before, tiles, layout.aligned, again, [&](int i, int stage) {
-            const int s = s0 + i * kColumns;
-            load_rows<T>(columns.x(stage), kColumns, k, s, band.lower, band.upper, V,
-                         layout.aligned);
-            load_rows<T>(columns.y(stage), kColumns, v, s, band.lower, band.upper, V,
-                         layout.aligned);
+          before, count, layout.aligned, again, [&](int i, int stage) {
+            const int s = s0 + i * kBlock;
+            load_block<T>(columns.x(stage), rK, s, band.lower, band.upper, V, layout.aligned);
+            load_block<T>(columns.y(stage), rV, s, band.lower, band.upper, V, layout.aligned);
           });
-      before += tiles;
       again = !again && __syncthreads_or(false);
       if (!again) out0 += kOut;
     }
     return;
   }
 
-  const int l = threadIdx.x % 32, g = l / 4, c = l % 4 * 2;
-  const int t_warp = t0 + warp * 16;
-  Element* const sQ = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);  // later dq
-  Element* const sDout = sQ + computing_warps * 16 * T::kLd;
-  load_rows<T>(sQ, 16, q, t_warp, 0, band.upper, V, layout.aligned);
-  load_rows<T>(sDout, 16, row_source<Element>(p.dout, seq, h), t_warp, 0, band.upper, V,
-               layout.aligned);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncwarp();
-  RowOperand<T, Traits::kRegisters> rQ, rDout;
-  rQ.load(sQ);
-  rDout.load(sDout);
-
-  float lse[2] = {}, delta[2] = {};
-  {
-    const auto out = row_source<Element>(p.out, seq, h);
-    const auto lse_of = row_source<float>(p.lse, seq, h);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int t = t_warp + g + 8 * r;
-      if (t < t_end) {
-        lse[r] = *lse_of.row(t) * kLog2E;
-        delta[r] = quarter_dot<T>(out.row(t), sDout + (g + 8 * r) * T::kLd, V, layout.aligned);
-      }
-      delta[r] = quad_sum(delta[r]);
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+  Element* const sQ = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);
+  Element* const sDout = sQ + kBlock * T::kLd;
+  const auto fetch = [&](int t_strip) {
+    if (t_strip < t_end) {
+      load_block<T>(sQ, q, t_strip, 0, band.upper, V, layout.aligned);
+      load_block<T>(sDout, dout, t_strip, 0, band.upper, V, layout.aligned);
     }
-  }
-
+    cp_async_commit();
+  };
   const float scale = static_cast<float>(p.scale);
-  const RowBand rows(band, t_warp, g);
-  const auto wanted = [&](int t) { return t < t_end; };
   bool again = false;
-  for (int before = 0, out0 = 0; out0 < T::kV;) {          // once, unless head_dim is large
-    float rDq[kOut / 8][4] = {}, rMean[kOut / 8][4] = {};  // (16, kOut): dq / scale, sum_s p_ts k_s
-    float error[2] = {};
-    columns.consume(before, tiles, again, [&](int i, int stage, const float* flags) {
-      const int first = s0 + i * kColumns;
-      if (first > rows.last || first + kColumns <= rows.first) return;
-#pragma unroll
-      for (int b = 0; b < kColumns / 16; ++b) {
-        const int s_block = first + 16 * b;
-        if (!rows.meets(s_block)) continue;
-        const Element* sK = columns.x(stage) + 16 * b * T::kLd;
-        float weights[2][4] = {}, dscores[2][4] = {};
-        mma_ABt<2>(weights, rQ, sK);
-        mma_ABt<2>(dscores, rDout, columns.y(stage) + 16 * b * T::kLd);
-        if (flags != nullptr) add_flags(weights, flags + 16 * b + c);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          float& x = weights[j / 4][j % 4];
-          x = weight<Element>(x, scale * kLog2E, lse[j % 4 / 2]);
-          dscores[j / 4][j % 4] = x * (dscores[j / 4][j % 4] - delta[j % 4 / 2]);
-        }
-        if (rows.cuts(s_block)) {
-          rows.mask(weights, s_block + c, 0.0f);
-          rows.mask(dscores, s_block + c, 0.0f);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) error[j % 4 / 2] += dscores[j / 4][j % 4];
-        mma_AB<T, kOut>(sK + out0, Weights<Element>(dscores[0], dscores[1]), rDq,
-                        Weights<Element>(weights[0], weights[1]), rMean);
-      }
-    });
-    before += tiles;
-    again = !again && __syncthreads_or(t_warp < t_end && !(all_finite(rDq) && all_finite(rMean)));
-    if (again) continue;
-
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      error[r] = quad_sum(error[r]);
-      const int t = t_warp + g + 8 * r;
-      if (c == 0 && out0 == 0 && t < t_end) *delta_of.row(t) = delta[r] + error[r];
-    }
-#pragma unroll
-    for (int j = 0; j < kOut / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rDq[j][i] = (rDq[j][i] - error[i / 2] * rMean[j][i]) * scale;
-    }
-    if constexpr (Traits::kRegisters) {
-      stage_rows<T, kOut>(sQ, rDq, 1.0f, 1.0f);
+  for (int before = 0, out0 = 0; out0 < T::kV; before += count) {  // once, unless head_dim is large
+    bool finite = true;
+    int released = before;
+    fetch(t0 + warp * kBlock);
+    for (int t_strip = t0 + warp * kBlock; t_strip < t_end; t_strip += computing_warps * kBlock) {
+      const int t_next = t_strip + computing_warps * kBlock;
+      const RowBand rows(band, t_strip, g);
+      const Walk walk(band, t_strip, s0, kStep);
+      const int keep = t_next < t_end ? Walk(band, t_next, s0, kStep).first : count;
+      columns.release(released, before + walk.first);
+      RowOperand<T, Traits::kRegisters> rQ, rDout;
+      cp_async_wait<0>();
       __syncwarp();
-      store_rows<T>(sQ, dq, t_warp, V, layout.aligned, wanted);
-    } else {
-      store_accumulators<T, kOut>(rDq, dq, t_warp, out0, V, wanted);
+      rQ.load(sQ);
+      rDout.load(sDout);
+      float lse[2] = {}, delta[2] = {};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int t = t_strip + g + 8 * r;
+        if (t < t_end) {
+          lse[r] = *lse_of.row(t) * kLog2E;
+          delta[r] = quarter_dot<T>(out.row(t), sDout + (g + 8 * r) * T::kLd, V, layout.aligned);
+        }
+        delta[r] = quad_sum(delta[r]);
+      }
+      if constexpr (Traits::kRegisters) {
+        __syncwarp();
+        fetch(t_next);
+      }
+
+      float rDq[kOut / 8][4] = {}, rMean[kOut / 8][4] = {};  // (16, kOut): dq / scale, sum p_ts k_s
+      float error[2] = {};
+#pragma unroll 1
+      for (int step = 0; step < walk.steps; ++step) {
+        const int block = walk.first + step * kStep, first = s0 + block * kBlock;
+        int stage[kStep];
+        const Element *sK[kStep], *sV[kStep];
+#pragma unroll
+        for (int b = 0; b < kStep; ++b) {
+          stage[b] = columns.wait(before + block + b);
+          sK[b] = columns.x(stage[b]), sV[b] = columns.y(stage[b]);
+        }
+        float weights[kStep][2][4], dscores[kStep][2][4];
+        mma_ABt<kStep>(weights, rQ, sK);
+        mma_ABt<kStep>(dscores, rDout, sV);
+#pragma unroll
+        for (int b = 0; b < kStep; ++b) {
+          const int column = first + b * kBlock;
+          if (again) add_flags(weights[b], columns.flags(stage[b]));
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            float& x = weights[b][j / 4][j % 4];
+            float& ds = dscores[b][j / 4][j % 4];
+            x = weight<Element>(x, scale * kLog2E, lse[j % 4 / 2]);
+            ds = x * (ds - delta[j % 4 / 2]);
+          }
+          if (rows.cuts(column)) {
+            rows.mask(weights[b], column + c, 0.0f);
+            rows.mask(dscores[b], column + c, 0.0f);
+          }
+#pragma unroll
+          for (int j = 0; j < 8; ++j) error[j % 4 / 2] += dscores[b][j / 4][j % 4];
+          mma_AB<T, kOut>(sK[b] + out0, Weights<Element>(dscores[b][0], dscores[b][1]), rDq,
+                          Weights<Element>(weights[b][0], weights[b][1]), rMean);
+        }
+        columns.release(released, before + min(block + kStep, keep));
+      }
+
+      finite &= all_finite(rDq) && all_finite(rMean);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        error[r] = quad_sum(error[r]);
+        const int t = t_strip + g + 8 * r;
+        if (c == 0 && t < t_end) *delta_of.row(t) = delta[r] + error[r];
+      }
+#pragma unroll
+      for (int j = 0; j < kOut / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rDq[j][i] -= error[i / 2] * rMean[j][i];
+      }
+      const float factors[2] = {scale, scale};
+      store_strip<T, kOut>(rDq, factors, dq, t_strip, out0, V, layout.aligned,
+                           [&](int t) { return t < t_end; });
+      if constexpr (!Traits::kRegisters) {
+        __syncwarp();
+        fetch(t_next);
+      }
     }
-    out0 += kOut;
+    columns.release(released, before + count);
+    again = !again && __syncthreads_or(!finite);
+    if (!again) out0 += kOut;
   }
 }
 
@@ -261,19 +256,19 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
                                    int64_t token_blocks, int ring_tiles) {
   using Traits = WindowTraits<T, WindowPass::kKeys>;
   using Element = typename T::Element;
-  constexpr int kColumns = Traits::kColumns, kOut = Traits::kOut;
+  constexpr int kStep = Traits::kStep, kOut = Traits::kOut;
   extern __shared__ __align__(16) char shared[];
-  const Columns<Traits> columns = columns_of<Traits>(shared);
+  const Columns<Traits> columns = columns_of<Traits>(shared, layout);
 
   const bool in_ring = blockIdx.x >= token_blocks;
-  const int64_t index = blockIdx.x - (in_ring ? token_blocks : 0);
-  const int h = index % layout.heads;
+  const unsigned index = blockIdx.x - (in_ring ? token_blocks : 0);
+  const unsigned heads = layout.heads, h = index % heads;
   TokenTile tile;
   if (in_ring) {
-    tile.n = index / layout.heads / ring_tiles;
-    tile.first = static_cast<int>(index / layout.heads % ring_tiles - ring_tiles) * layout.rows;
+    tile.n = index / heads / ring_tiles;
+    tile.first = (static_cast<int>(index / heads % ring_tiles) - ring_tiles) * layout.rows;
   } else {
-    tile = token_tile(layout, index / layout.heads);
+    tile = token_tile(layout, index / heads);
   }
   const WindowSequence seq = window_sequence(layout, tile.n);
   const int V = layout.head_dim, s0 = tile.first;
@@ -307,112 +302,128 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
 
   const Band band = {0, layout.window - 1, 0, seq.length - 1};
   const int t0 = s0 + ((band.first(s0) - s0) & ~15);
-  const int tiles = max(0, (band.last(s_end - 1) - t0 + kColumns) / kColumns);
+  const int last_strip = s0 + (s_end - 1 - s0) / kBlock * kBlock;
+  const int last_column = band.last(last_strip + 15);
+  const int count = last_column < t0 ? 0 : ((last_column - t0) >> 4) + kStep;
   if (warp == computing_warps) {
+    const RowSource<Element> rQ = q, rDout = dout;
+    const RowSource<float> vector = threadIdx.x % 32 < kBlock ? lse_of : delta_of;
     bool again = false;
-    for (int before = 0, out0 = 0; out0 < T::kV;) {
+    for (int before = 0, out0 = 0; out0 < T::kV; before += count) {
       columns.template produce<true, true>(
-          before, tiles, layout.aligned, again, [&](int i, int stage) {
-            const int t = t0 + i * kColumns;
-            load_rows<T>(columns.x(stage), kColumns, q, t, 0, band.upper, V, layout.aligned);
-            load_rows<T>(columns.y(stage), kColumns, dout, t, 0, band.upper, V, layout.aligned);
-            for (int j = threadIdx.x % 32; j < kColumns; j += 32) {
-              const bool valid = t + j <= band.upper;
-              cp_async_4(columns.lse(stage) + j, lse_of.row(valid ? t + j : 0), valid);
-              cp_async_4(columns.delta(stage) + j, delta_of.row(valid ? t + j : 0), valid);
-            }
+          before, count, layout.aligned, again, [&](int i, int stage) {
+            const int t = t0 + i * kBlock, at = t + threadIdx.x % kBlock;
+            load_block<T>(columns.x(stage), rQ, t, 0, band.upper, V, layout.aligned);
+            load_block<T>(columns.y(stage), rDout, t, 0, band.upper, V, layout.aligned);
+            cp_async_4(columns.lse(stage) + threadIdx.x % 32,  // delta lies behind
+                       vector.row(at <= band.upper ? at : 0), at <= band.upper);
           });
-      before += tiles;
       again = !again && __syncthreads_or(false);
       if (!again) out0 += kOut;
     }
     return;
   }
 
-  const int l = threadIdx.x % 32, g = l / 4, c = l % 4 * 2;
-  const int s_warp = s0 + warp * 16;
-  Element* const sK = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);  // later dk
-  Element* const sV = sK + computing_warps * 16 * T::kLd;                              // later dv
-  load_rows<T>(sK, 16, k, s_warp, -seq.past, band.upper, V, layout.aligned);
-  load_rows<T>(sV, 16, v, s_warp, -seq.past, band.upper, V, layout.aligned);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncwarp();
-  RowOperand<T, Traits::kRegisters> rK, rV;
-  rK.load(sK);
-  rV.load(sV);
-
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+  Element* const sK = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);
+  Element* const sV = sK + kBlock * T::kLd;
+  const auto fetch = [&](int s_strip) {
+    if (s_strip < s_end) {
+      load_block<T>(sK, k, s_strip, -seq.past, band.upper, V, layout.aligned);
+      load_block<T>(sV, v, s_strip, -seq.past, band.upper, V, layout.aligned);
+    }
+    cp_async_commit();
+  };
   const float scale = static_cast<float>(p.scale);
-  const RowBand rows(band, s_warp, g);
   bool again = false;
-  for (int before = 0, out0 = 0; out0 < T::kV;) {
-    float rDk[kOut / 8][4] = {}, rDv[kOut / 8][4] = {};  // (16, kOut): dk / scale, dv
-    if (p.dfinal_k_cache.rank >= 0 && s_warp + 15 >= seq.length - p.window) {
-      start_from_final_ring<Element, kOut>(rDk, 1.0f / scale, p.dfinal_k_cache, seq, h, s_warp,
-                                           out0, p.window, V);
-      start_from_final_ring<Element, kOut>(rDv, 1.0f, p.dfinal_v_cache, seq, h, s_warp, out0,
-                                           p.window, V);
-    }
-    columns.consume(before, tiles, again, [&](int i, int stage, const float* flags) {
-      const int first = t0 + i * kColumns;
-      if (first > rows.last || first + kColumns <= rows.first) return;
-#pragma unroll
-      for (int b = 0; b < kColumns / 16; ++b) {
-        const int t_block = first + 16 * b;
-        if (!rows.meets(t_block)) continue;
-        const Element* sQ = columns.x(stage) + 16 * b * T::kLd;
-        const Element* sDout = columns.y(stage) + 16 * b * T::kLd;
-        float weights[2][4] = {}, dscores[2][4] = {};  // of (key, query)
-        mma_ABt<2>(weights, rK, sQ);
-        mma_ABt<2>(dscores, rV, sDout);
-        if (flags != nullptr) add_flags(weights, flags + 16 * b + c);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int at = 16 * b + 8 * j + c;
-          const float2 lse = *reinterpret_cast<const float2*>(columns.lse(stage) + at);
-          const float2 delta = *reinterpret_cast<const float2*>(columns.delta(stage) + at);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& x = weights[j][e];
-            x = weight<Element>(x, scale * kLog2E, (e % 2 == 0 ? lse.x : lse.y) * kLog2E);
-            dscores[j][e] = x * (dscores[j][e] - (e % 2 == 0 ? delta.x : delta.y));
-          }
-        }
-        if (rows.cuts(t_block)) {
-          rows.mask(weights, t_block + c, 0.0f);
-          rows.mask(dscores, t_block + c, 0.0f);
-        }
-        mma_AB<T, kOut>(sDout + out0, Weights<Element>(weights[0], weights[1]), rDv);
-        mma_AB<T, kOut>(sQ + out0, Weights<Element>(dscores[0], dscores[1]), rDk);
-      }
-    });
-    before += tiles;
-    again = !again && __syncthreads_or(s_warp < s_end && !(all_finite(rDk) && all_finite(rDv)));
-    if (again) continue;
-
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {  // slots that held no key
-      const bool missing = s_warp + g + 8 * r < -seq.past;
-#pragma unroll
-      for (int j = 0; j < kOut / 8; ++j) {
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          rDk[j][i] = missing ? 0.0f : rDk[j][i] * scale;
-          rDv[j][i] = missing ? 0.0f : rDv[j][i];
-        }
-      }
-    }
-    if constexpr (Traits::kRegisters) {
-      stage_rows<T, kOut>(sK, rDk, 1.0f, 1.0f);
-      stage_rows<T, kOut>(sV, rDv, 1.0f, 1.0f);
+  for (int before = 0, out0 = 0; out0 < T::kV; before += count) {
+    bool finite = true;
+    int released = before;
+    fetch(s0 + warp * kBlock);
+    for (int s_strip = s0 + warp * kBlock; s_strip < s_end; s_strip += computing_warps * kBlock) {
+      const int s_next = s_strip + computing_warps * kBlock;
+      const RowBand rows(band, s_strip, g);
+      const Walk walk(band, s_strip, t0, kStep);
+      const int keep = s_next < s_end ? min(Walk(band, s_next, t0, kStep).first, count) : count;
+      columns.release(released, before + min(walk.first, count));
+      RowOperand<T, Traits::kRegisters> rK, rV;
+      cp_async_wait<0>();
       __syncwarp();
-      store_rows<T>(sK, dk, s_warp, V, layout.aligned, wanted);
-      store_rows<T>(sV, dv, s_warp, V, layout.aligned, wanted);
-    } else {
-      store_accumulators<T, kOut>(rDk, dk, s_warp, out0, V, wanted);
-      store_accumulators<T, kOut>(rDv, dv, s_warp, out0, V, wanted);
+      rK.load(sK);
+      rV.load(sV);
+      if constexpr (Traits::kRegisters) {
+        __syncwarp();
+        fetch(s_next);
+      }
+
+      float rDk[kOut / 8][4] = {}, rDv[kOut / 8][4] = {};  // (16, kOut): dk / scale, dv
+      if (p.dfinal_k_cache.rank >= 0 && s_strip + 15 >= seq.length - p.window) {
+        start_from_final_ring<Element, kOut>(rDk, 1.0f / scale, p.dfinal_k_cache, seq, h, s_strip,
+                                             out0, p.window, V);
+        start_from_final_ring<Element, kOut>(rDv, 1.0f, p.dfinal_v_cache, seq, h, s_strip, out0,
+                                             p.window, V);
+      }
+#pragma unroll 1
+      for (int step = 0; step < walk.steps; ++step) {
+        const int block = walk.first + step * kStep, first = t0 + block * kBlock;
+        int stage[kStep];
+        const Element *sQ[kStep], *sDout[kStep];
+#pragma unroll
+        for (int b = 0; b < kStep; ++b) {
+          stage[b] = columns.wait(before + block + b);
+          sQ[b] = columns.x(stage[b]), sDout[b] = columns.y(stage[b]);
+        }
+        float weights[kStep][2][4], dscores[kStep][2][4];  // of (key, query)
+        mma_ABt<kStep>(weights, rK, sQ);
+        mma_ABt<kStep>(dscores, rV, sDout);
+#pragma unroll
+        for (int b = 0; b < kStep; ++b) {
+          const int column = first + b * kBlock;
+          if (again) add_flags(weights[b], columns.flags(stage[b]));
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int at = 8 * j + c;
+            const float2 lse = *reinterpret_cast<const float2*>(columns.lse(stage[b]) + at);
+            const float2 delta = *reinterpret_cast<const float2*>(columns.delta(stage[b]) + at);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float& x = weights[b][j][e];
+              float& ds = dscores[b][j][e];
+              x = weight<Element>(x, scale * kLog2E, (e % 2 == 0 ? lse.x : lse.y) * kLog2E);
+              ds = x * (ds - (e % 2 == 0 ? delta.x : delta.y));
+            }
+          }
+          if (rows.cuts(column)) {
+            rows.mask(weights[b], column + c, 0.0f);
+            rows.mask(dscores[b], column + c, 0.0f);
+          }
+          mma_AB<T, kOut>(sDout[b] + out0, Weights<Element>(weights[b][0], weights[b][1]), rDv);
+          mma_AB<T, kOut>(sQ[b] + out0, Weights<Element>(dscores[b][0], dscores[b][1]), rDk);
+        }
+        columns.release(released, before + min(block + kStep, keep));
+      }
+
+      finite &= all_finite(rDk) && all_finite(rDv);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {  // slots that held no key
+        if (s_strip + g + 8 * r >= -seq.past) continue;
+#pragma unroll
+        for (int j = 0; j < kOut / 8; ++j) {
+#pragma unroll
+          for (int i = 2 * r; i < 2 * r + 2; ++i) rDk[j][i] = rDv[j][i] = 0.0f;
+        }
+      }
+      const float scales[2] = {scale, scale}, ones[2] = {1.0f, 1.0f};
+      store_strip<T, kOut>(rDk, scales, dk, s_strip, out0, V, layout.aligned, wanted);
+      store_strip<T, kOut>(rDv, ones, dv, s_strip, out0, V, layout.aligned, wanted);
+      if constexpr (!Traits::kRegisters) {
+        __syncwarp();
+        fetch(s_next);
+      }
     }
-    out0 += kOut;
+    columns.release(released, before + count);
+    again = !again && __syncthreads_or(!finite);
+    if (!again) out0 += kOut;
   }
 }
 

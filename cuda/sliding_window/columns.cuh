@@ -1,7 +1,8 @@
-// The columns of a CTA pass through a ring of shared-memory stages, tile by tile: X and Y
-// (kColumns, kV) each, that is k and v, or q and dout with lse and delta. The last warp of the CTA
-// loads, the others compute, each at its own pace: a stage is `full` when its copies are done, and
-// `empty` when every computing warp is done with it.
+// The columns of a CTA pass through a ring of shared-memory stages, block by block: X and Y (16,
+// kV) each, that is k and v, or q and dout with lse and delta. The last warp of the CTA loads, the
+// others compute, each at its own pace: a stage is `full` when its copies are done, and `empty`
+// when every computing warp is done with it. A warp keeps what its next strip will see, so that a
+// CTA reads every column once.
 //
 // A masked pair has weight 0, but 0 times a NaN of a row that is multiplied by weights would still
 // reach rows that do not see it. So a CTA whose sums are not finite starts again, checked: the
@@ -18,16 +19,15 @@ namespace based::cuda {
 
 // Element by element, one lane a row: this is rare.
 template <class T>
-__device__ __forceinline__ void cleanse(typename T::Element* sX, float* flags, int rows) {
+__device__ __forceinline__ void cleanse(typename T::Element* sX, float* flags) {
+  const int r = threadIdx.x % 32;
+  if (r >= kBlock) return;
 #pragma unroll 1
-  for (int r = threadIdx.x % 32; r < rows; r += 32) {
-#pragma unroll 1
-    for (int c = 0; c < T::kV; ++c) {
-      typename T::Element& x = sX[r * T::kLd + c];
-      if (fabsf(to_float(x)) <= FLT_MAX) continue;
-      x = from_float<typename T::Element>(0.0f);
-      flags[r] = __int_as_float(0x7fffffff);
-    }
+  for (int c = 0; c < T::kV; ++c) {
+    typename T::Element& x = sX[r * T::kLd + c];
+    if (fabsf(to_float(x)) <= FLT_MAX) continue;
+    x = from_float<typename T::Element>(0.0f);
+    flags[r] = __int_as_float(0x7fffffff);
   }
 }
 
@@ -37,30 +37,35 @@ struct Columns {
   using Element = typename T::Element;
 
   char* stages;
+  int count;           // of the stages
+  unsigned per_stage;  // 2^32 / count, rounded up
 
   __device__ __forceinline__ Element* x(int stage) const { return at(stage, 0); }
   __device__ __forceinline__ Element* y(int stage) const { return at(stage, Traits::kTileBytes); }
   __device__ __forceinline__ float* lse(int stage) const {
     return reinterpret_cast<float*>(at(stage, 2 * Traits::kTileBytes));
   }
-  __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + Traits::kColumns; }
+  __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + kBlock; }
+  __device__ __forceinline__ float* flags(int stage) const {
+    return reinterpret_cast<float*>(stages + count * Traits::kStageBytes) + stage * kBlock;
+  }
 
   // By one thread, before a barrier of the CTA.
   __device__ __forceinline__ void init(int computing_warps) const {
-    for (int i = 0; i < Traits::kStages; ++i) {
+    for (int i = 0; i < count; ++i) {
       full(i).init(32);
       empty(i).init(computing_warps);
     }
   }
 
-  // By the loading warp: load(i, stage) copies tile i. `before` tiles have passed already. kCheckX,
-  // kCheckY: the operands that are multiplied by weights.
+  // By the loading warp: load(i, stage) copies block i of `blocks`. `before` blocks have passed
+  // already. kCheckX, kCheckY: the operands that are multiplied by weights.
   template <bool kCheckX, bool kCheckY, class LoadFn>
-  __device__ __forceinline__ void produce(int before, int tiles, bool aligned, bool checked,
+  __device__ __forceinline__ void produce(int before, int blocks, bool aligned, bool checked,
                                           const LoadFn& load) const {
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-      const int n = before + i, stage = n % Traits::kStages, round = n / Traits::kStages;
+    for (int i = 0; i < blocks; ++i) {
+      const int round = round_of(before + i), stage = before + i - round * count;
       if (round > 0) empty(stage).wait((round - 1) & 1);
       load(i, stage);
       if (aligned && !checked) {
@@ -71,48 +76,50 @@ struct Columns {
       cp_async_wait<0>();
       __syncwarp();
       if (checked) {
-        for (int r = threadIdx.x % 32; r < Traits::kColumns; r += 32) flags(stage)[r] = 0.0f;
-        if constexpr (kCheckX) cleanse<T>(x(stage), flags(stage), Traits::kColumns);
-        if constexpr (kCheckY) cleanse<T>(y(stage), flags(stage), Traits::kColumns);
+        if (threadIdx.x % 32 < kBlock) flags(stage)[threadIdx.x % 32] = 0.0f;
+        if constexpr (kCheckX) cleanse<T>(x(stage), flags(stage));
+        if constexpr (kCheckY) cleanse<T>(y(stage), flags(stage));
       }
       full(stage).arrive();
     }
   }
 
-  // By every computing warp: body(i, stage, flags), flags null unless checked.
-  template <class BodyFn>
-  __device__ __forceinline__ void consume(int before, int tiles, bool checked,
-                                          const BodyFn& body) const {
+  // By a computing warp: the stage of block n, counted over all passes, once it is there.
+  __device__ __forceinline__ int wait(int n) const {
+    const int round = round_of(n), stage = n - round * count;
+    full(stage).wait(round & 1);
+    return stage;
+  }
+
+  // By a computing warp: it is done with the blocks before `end`, and has said so of those before
+  // `released`.
+  __device__ __forceinline__ void release(int& released, int end) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-      const int n = before + i, stage = n % Traits::kStages;
-      full(stage).wait(n / Traits::kStages & 1);
-      body(i, stage, checked ? flags(stage) : nullptr);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) empty(stage).arrive();
+      for (int n = released; n < end; ++n) empty(wait(n)).arrive();
     }
+    released = max(released, end);
   }
 
  private:
+  // n / count, for n times count below 2^32.
+  __device__ __forceinline__ int round_of(int n) const {
+    return static_cast<int>(uint64_t(unsigned(n)) * per_stage >> 32);
+  }
   __device__ __forceinline__ Element* at(int stage, int offset) const {
     return reinterpret_cast<Element*>(stages + stage * Traits::kStageBytes + offset);
   }
-  __device__ __forceinline__ float* flags(int stage) const {
-    return reinterpret_cast<float*>(stages + Traits::kStages * Traits::kStageBytes) +
-           stage * Traits::kColumns;
-  }
   __device__ __forceinline__ Mbarrier& full(int stage) const {
-    return reinterpret_cast<Mbarrier*>(flags(Traits::kStages))[stage];
+    return reinterpret_cast<Mbarrier*>(flags(count))[stage];
   }
-  __device__ __forceinline__ Mbarrier& empty(int stage) const {
-    return full(Traits::kStages + stage);
-  }
+  __device__ __forceinline__ Mbarrier& empty(int stage) const { return full(count + stage); }
 };
 
-// The stages lie behind the row tiles.
+// The stages lie behind the strips.
 template <class Traits>
-__device__ __forceinline__ Columns<Traits> columns_of(char* shared) {
-  return {shared + Traits::kRowTiles * (blockDim.x / 32 - 1) * Traits::kWarpBytes};
+__device__ __forceinline__ Columns<Traits> columns_of(char* shared, const WindowLayout& l) {
+  return {shared + (blockDim.x / 32 - 1) * Traits::kWarpBytes, l.stages, l.per_stage};
 }
 
 template <int N>

@@ -1,8 +1,8 @@
 // Sliding-window attention, forward:
 //   out_t = sum_s p_ts v_s / sum_s p_ts,   p_ts = e^(scale <q_t, k_s> - max),   0 <= t - s < W
 //   lse_t = max + log sum_s p_ts
-// A CTA takes a tile of queries of one head, a warp 16 of them; the keys that any query of the tile
-// sees pass by in tiles, a warp takes the 16-key blocks that meet its own band. Softmax is online.
+// A CTA takes a tile of queries of one head, its warps strips of 16 in turn; the keys pass by in
+// blocks, a warp takes those that meet the band of its strip, a few at a time. Softmax is online.
 // Products of 16-bit elements run in the tensor cores with float sums, p rounded to Element; the
 // denominator sums the rounded p. float is multiplied in float.
 #pragma once
@@ -25,12 +25,13 @@ __device__ __forceinline__ float weight(float s, float c, float max) {
   }
 }
 
-// block (16, 16) += the flags of its columns, from the lane's own on.
+// block (16, 16) += the flags of its columns.
 __device__ __forceinline__ void add_flags(float (&block)[2][4], const float* flags) {
+  const int c = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) block[j][i] += flags[8 * j + i % 2];
+    for (int i = 0; i < 4; ++i) block[j][i] += flags[8 * j + c + i % 2];
   }
 }
 
@@ -41,9 +42,9 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
                               const __grid_constant__ WindowLayout layout) {
   using Traits = WindowTraits<T, WindowPass::kForward>;
   using Element = typename T::Element;
-  constexpr int kColumns = Traits::kColumns;
+  constexpr int kStep = Traits::kStep;
   extern __shared__ __align__(16) char shared[];
-  const Columns<Traits> columns = columns_of<Traits>(shared);
+  const Columns<Traits> columns = columns_of<Traits>(shared, layout);
 
   const int h = blockIdx.x % layout.heads;
   const TokenTile tile = token_tile(layout, blockIdx.x / layout.heads);
@@ -73,109 +74,124 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
   }
 
   const Band band = {layout.window - 1, 0, -seq.past, seq.length - 1};
-  const int s0 = t0 + ((band.first(t0) - t0) & ~15);  // blocks of keys line up with the queries
-  const int tiles = (t_end - s0 + kColumns - 1) / kColumns;
+  const int s0 = t0 + ((band.first(t0) - t0) & ~15);  // blocks of keys line up with the strips
+  const int last_strip = t0 + (t_end - 1 - t0) / kBlock * kBlock;
+  const int count = ((band.last(last_strip + 15) - s0) >> 4) + kStep;  // whole steps for everyone
   if (warp == computing_warps) {
+    const RowSource<Element> rK = k, rV = v;
     bool again = false;
-    for (int before = 0;; before = tiles) {
+    for (int before = 0;; before = count) {
       columns.template produce<false, true>(
-          before, tiles, layout.aligned, again, [&](int i, int stage) {
-            const int s = s0 + i * kColumns;
-            load_rows<T>(columns.x(stage), kColumns, k, s, band.lower, band.upper, V,
-                         layout.aligned);
-            load_rows<T>(columns.y(stage), kColumns, v, s, band.lower, band.upper, V,
-                         layout.aligned);
+          before, count, layout.aligned, again, [&](int i, int stage) {
+            const int s = s0 + i * kBlock;
+            load_block<T>(columns.x(stage), rK, s, band.lower, band.upper, V, layout.aligned);
+            load_block<T>(columns.y(stage), rV, s, band.lower, band.upper, V, layout.aligned);
           });
       if (again || !__syncthreads_or(false)) return;
       again = true;
     }
   }
 
-  const int l = threadIdx.x % 32, g = l / 4, c = l % 4 * 2;
-  const int t_warp = t0 + warp * 16;  // the warp's first row
-  Element* const sQ = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);  // later out
-  load_rows<T>(sQ, 16, q, t_warp, 0, band.upper, V, layout.aligned);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncwarp();
-  RowOperand<T, Traits::kRegisters> rQ;
-  rQ.load(sQ);
-
-  float rO[T::kV / 8][4] = {};  // (16, V), numerator
-  float sums[4] = {};           // [0], [2]: denominators of rows g, g + 8
-  float max[2] = {};            // of the scaled scores, in units of log2
-  const float scale = static_cast<float>(p.scale) * kLog2E;
-  const RowBand rows(band, t_warp, g);
-  const auto body = [&](int i, int stage, const float* flags) {
-    const int first = s0 + i * kColumns;
-    if (first > rows.last || first + kColumns <= rows.first) return;
-    float s[kColumns / 8][4];
-    float largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int b = 0; b < kColumns / 16; ++b) {
-      const int s_block = first + 16 * b;
-      if (!rows.meets(s_block)) continue;
-      float (&block)[2][4] = reinterpret_cast<float (&)[2][4]>(s[2 * b]);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) block[j / 4][j % 4] = 0.0f;
-      mma_ABt<2>(block, rQ, columns.x(stage) + 16 * b * T::kLd);
-      if (flags != nullptr) add_flags(block, flags + 16 * b + c);
-      if (rows.cuts(s_block)) rows.mask(block, s_block + c, -INFINITY);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        largest[0] = fmaxf(largest[0], fmaxf(block[j][0], block[j][1]));
-        largest[1] = fmaxf(largest[1], fmaxf(block[j][2], block[j][3]));
-      }
-    }
-    float shrink[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float old = max[r];
-      max[r] = fmaxf(old, __fmul_rn(quad_max(largest[r]), scale));
-      shrink[r] = exp2_fast(old - max[r]);
-    }
-    if (__any_sync(0xffffffff, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-      sums[0] *= shrink[0], sums[2] *= shrink[1];
-#pragma unroll
-      for (int j = 0; j < T::kV / 8; ++j) {
-        rO[j][0] *= shrink[0], rO[j][1] *= shrink[0];
-        rO[j][2] *= shrink[1], rO[j][3] *= shrink[1];
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kColumns / 16; ++b) {
-      if (!rows.meets(first + 16 * b)) continue;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float& x = s[2 * b + j / 4][j % 4];
-        x = weight<Element>(x, scale, max[j % 4 / 2]);
-      }
-      const Weights<Element> weights(s[2 * b], s[2 * b + 1]);
-      weights.add_row_sums(sums);
-      mma_AB<T, T::kV>(columns.y(stage) + 16 * b * T::kLd, weights, rO);
-    }
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+  Element* const sQ = reinterpret_cast<Element*>(shared + warp * Traits::kWarpBytes);
+  const auto fetch = [&](int t_strip) {
+    if (t_strip < t_end) load_block<T>(sQ, q, t_strip, 0, band.upper, V, layout.aligned);
+    cp_async_commit();
   };
+  const float scale = static_cast<float>(p.scale) * kLog2E;
   bool again = false;
-  for (int before = 0;; before = tiles) {
-#pragma unroll
-    for (int j = 0; j < T::kV / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rO[j][i] = 0.0f;
-    }
-    sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
-    max[0] = max[1] = -FLT_MAX;
-    columns.consume(before, tiles, again, body);
-    if (again || !__syncthreads_or(t_warp < t_end && !all_finite(rO))) break;
-    again = true;
-  }
+  for (int before = 0;; before = count) {
+    bool finite = true;
+    int released = before;
+    fetch(t0 + warp * kBlock);
+    for (int t_strip = t0 + warp * kBlock; t_strip < t_end; t_strip += computing_warps * kBlock) {
+      const int t_next = t_strip + computing_warps * kBlock;
+      const RowBand rows(band, t_strip, g);
+      const Walk walk(band, t_strip, s0, kStep);
+      const int keep = t_next < t_end ? Walk(band, t_next, s0, kStep).first : count;
+      columns.release(released, before + walk.first);
+      RowOperand<T, Traits::kRegisters> rQ;
+      cp_async_wait<0>();
+      __syncwarp();
+      rQ.load(sQ);
+      if constexpr (Traits::kRegisters) {
+        __syncwarp();
+        fetch(t_next);
+      }
 
-  stage_rows<T, T::kV>(sQ, rO, 1.0f / sums[0], 1.0f / sums[2]);
-  __syncwarp();
-  store_rows<T>(sQ, out, t_warp, V, layout.aligned, [&](int t) { return t < t_end; });
+      float rO[T::kV / 8][4] = {};          // (16, V), numerator
+      float sums[4] = {};                   // [0], [2]: denominators of rows g, g + 8
+      float max[2] = {-FLT_MAX, -FLT_MAX};  // of the scaled scores, in units of log2
+#pragma unroll 1
+      for (int step = 0; step < walk.steps; ++step) {
+        const int block = walk.first + step * kStep, first = s0 + block * kBlock;
+        int stage[kStep];
+        const Element* sK[kStep];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int t = t_warp + g + 8 * r;
-    if (c == 0 && t < t_end) *lse.row(t) = max[r] * kLn2 + logf(sums[2 * r]);
+        for (int b = 0; b < kStep; ++b) {
+          stage[b] = columns.wait(before + block + b);
+          sK[b] = columns.x(stage[b]);
+        }
+        float s[kStep][2][4];
+        mma_ABt<kStep>(s, rQ, sK);
+        float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int b = 0; b < kStep; ++b) {
+          const int column = first + b * kBlock;
+          if (again) add_flags(s[b], columns.flags(stage[b]));
+          if (rows.cuts(column)) rows.mask(s[b], column + c, -INFINITY);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            largest[0] = fmaxf(largest[0], fmaxf(s[b][j][0], s[b][j][1]));
+            largest[1] = fmaxf(largest[1], fmaxf(s[b][j][2], s[b][j][3]));
+          }
+        }
+        float shrink[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float old = max[r];
+          max[r] = fmaxf(old, __fmul_rn(quad_max(largest[r]), scale));
+          shrink[r] = exp2_fast(old - max[r]);
+        }
+        if (__any_sync(0xffffffff, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+          sums[0] *= shrink[0], sums[2] *= shrink[1];
+#pragma unroll
+          for (int j = 0; j < T::kV / 8; ++j) {
+            rO[j][0] *= shrink[0], rO[j][1] *= shrink[0];
+            rO[j][2] *= shrink[1], rO[j][3] *= shrink[1];
+          }
+        }
+#pragma unroll
+        for (int b = 0; b < kStep; ++b) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            float& x = s[b][j / 4][j % 4];
+            x = weight<Element>(x, scale, max[j % 4 / 2]);
+          }
+          const Weights<Element> weights(s[b][0], s[b][1]);
+          weights.add_row_sums(sums);
+          mma_AB<T, T::kV>(columns.y(stage[b]), weights, rO);
+        }
+        columns.release(released, before + min(block + kStep, keep));
+      }
+
+      finite &= all_finite(rO);
+      const float factors[2] = {1.0f / sums[0], 1.0f / sums[2]};
+      store_strip<T, T::kV>(rO, factors, out, t_strip, 0, V, layout.aligned,
+                            [&](int t) { return t < t_end; });
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int t = t_strip + g + 8 * r;
+        if (c == 0 && t < t_end) *lse.row(t) = max[r] * kLn2 + logf(sums[2 * r]);
+      }
+      if constexpr (!Traits::kRegisters) {
+        __syncwarp();
+        fetch(t_next);
+      }
+    }
+    columns.release(released, before + count);
+    if (again || !__syncthreads_or(!finite)) return;
+    again = true;
   }
 }
 

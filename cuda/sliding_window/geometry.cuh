@@ -1,7 +1,8 @@
 // Where the tokens, keys and tiles of a call are. Keys and queries are numbered from the first
 // token of their sequence: s >= 0 is token s of the call, s < 0 is a key of the initial ring. A CTA
-// owns a tile of neighbouring rows (queries, or keys in the backward) of one sequence and head, and
-// meets the columns (the other of the two) that its rows see.
+// owns a tile of neighbouring rows (queries, or keys in the backward) of one sequence and head, cut
+// into strips of 16 that its warps take in turn, and meets the columns (the other of the two) that
+// its rows see.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,8 @@ struct WindowLayout {
   int ring_size;         // W of the initial ring, 0 without one
   int rows;              // of a tile
   int tiles_of_each;     // tiles of a sequence when nothing is packed
+  int stages;            // blocks of columns in shared memory
+  unsigned per_stage;    // 2^32 / stages, rounded up
   bool packed, aligned;  // aligned: every row of every tensor starts at a multiple of 16 bytes
 };
 
@@ -69,9 +72,10 @@ struct TokenTile {
   int first;
 };
 
-__device__ __forceinline__ TokenTile token_tile(const WindowLayout& l, int64_t tile) {
+__device__ __forceinline__ TokenTile token_tile(const WindowLayout& l, unsigned tile) {
   if (!l.packed) {
-    return {tile / l.tiles_of_each, static_cast<int>(tile % l.tiles_of_each) * l.rows};
+    const unsigned each = l.tiles_of_each, n = tile / each;
+    return {n, static_cast<int>(tile - n * each) * l.rows};
   }
   // first_tile(low) <= tile < first_tile(high); every lane of a warp looks at one candidate
   int64_t low = 0, high = l.sequences + 1;
@@ -93,23 +97,27 @@ struct Band {
   __device__ __forceinline__ int last(int r) const { return min(r + above, upper); }
 };
 
-// The columns that the 16 rows of a warp see, and those of a lane's two rows, g and g + 8 of them.
+// The blocks of columns, counted from column0, that a strip of rows walks through.
+struct Walk {
+  int first, steps;
+
+  __device__ __forceinline__ Walk(const Band& band, int row0, int column0, int step)
+      : first((band.first(row0) - column0) >> 4),
+        steps(max(0, ((band.last(row0 + 15) - column0) >> 4) - first + step) / step) {}
+};
+
+// The columns that every row of a strip sees, and those that a lane's two rows see, g and g + 8.
 struct RowBand {
-  int first, last;          // seen by any row
-  int all_first, all_last;  // seen by every row, where first <= last
+  int all_first, all_last;
   int low[2], high[2];
 
   __device__ __forceinline__ RowBand(const Band& band, int row0, int g)
-      : first(band.first(row0)),
-        last(band.last(row0 + 15)),
-        all_first(band.first(row0 + 15)),
+      : all_first(band.first(row0 + 15)),
         all_last(band.last(row0)),
         low{band.first(row0 + g), band.first(row0 + g + 8)},
         high{band.last(row0 + g), band.last(row0 + g + 8)} {}
 
-  // Whether any row sees any of the 16 columns from c on; whether some row does not see all of
-  // them.
-  __device__ __forceinline__ bool meets(int c) const { return c <= last && c + 15 >= first; }
+  // Whether some row does not see all of the 16 columns from c on.
   __device__ __forceinline__ bool cuts(int c) const { return c < all_first || c + 15 > all_last; }
 
   // Elements of a (16, 16) block that are not seen <- hidden; `column` is the lane's first column.

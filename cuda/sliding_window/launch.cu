@@ -33,12 +33,11 @@ Status sliding_window_attention(const SlidingWindowParams& p, void*, Stream stre
     using Traits = WindowTraits<T, WindowPass::kForward>;
     if (p.q.size[0] > 0 && layout.seqlen > 0 && layout.heads > 0) {
       const auto kernel = sliding_window_fwd_kernel<T>;
-      const int warps = prepare<Traits>(kernel);
-      if (warps == 0) return launch_status(kOp);
-      const int64_t blocks = cut_into_tiles(layout, 16 * warps) * layout.heads;
+      const WindowCut parts = cut<Traits>(kernel, layout);
+      if (parts.threads == 0) return launch_status(kOp);
+      const int64_t blocks = parts.tiles * layout.heads;
       if (blocks > kMaxBlocks) return too_large(kOp);
-      kernel<<<static_cast<unsigned>(blocks), 32 * (warps + 1), Traits::shared_bytes(warps),
-               stream>>>(p, layout);
+      kernel<<<static_cast<unsigned>(blocks), parts.threads, parts.bytes, stream>>>(p, layout);
       const Status launched = launch_status(kOp);
       if (!launched.ok()) return launched;
     }

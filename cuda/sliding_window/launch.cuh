@@ -60,13 +60,6 @@ inline WindowLayout window_layout(const SlidingWindowParams& p) {
   return l;
 }
 
-// Cuts the tokens into tiles of so many rows; returns how many tiles there are.
-inline int64_t cut_into_tiles(WindowLayout& l, int rows) {
-  l.rows = rows;
-  l.tiles_of_each = (l.seqlen + rows - 1) / rows;
-  return l.packed ? l.seqlen / rows + l.sequences + 1 : l.sequences * l.tiles_of_each;
-}
-
 // fn(Type<Tile>{}) for the narrowest tile that holds head_dim.
 template <template <class, int> class Tile, class Fn>
 Status dispatch_tile(const char* op, const TensorView& q, const Fn& fn) {
@@ -89,21 +82,53 @@ inline Status too_large(const char* op) {
 
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
 
-// Computing warps of a CTA: as tuned, or as many as this GPU has shared memory for. 0 after an
+// How a pass is cut: threads and shared memory of a CTA, tiles of one head. No threads after an
 // error.
+struct WindowCut {
+  int threads, bytes;
+  int64_t tiles;
+};
+
+// Rows are cut so that the CTAs come out even on this GPU's multiprocessors; a warp takes one strip
+// where the stages cannot hold what its next one shares with those of its neighbours.
 template <class Traits, class Kernel>
-int prepare(Kernel kernel) {
-  int device = 0, limit = 0;
+WindowCut cut(Kernel kernel, WindowLayout& l) {
+  int device = 0, shared = 0, processors = 1;
   if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess) {
-    return 0;
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return {};
   }
-  int warps = Traits::kTuning.warps;
-  while (warps > 1 && Traits::shared_bytes(warps) > limit) --warps;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::shared_bytes(warps));
-  return error == cudaSuccess ? warps : 0;
+  int warps = Traits::kTuning.warps, stages = Traits::kTuning.stages;
+  while (Traits::shared_bytes(warps, stages) > shared &&
+         (stages > 2 * Traits::kStep || warps > 1)) {
+    stages > 2 * Traits::kStep ? --stages : --warps;
+  }
+  const int bytes = Traits::shared_bytes(warps, stages);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) !=
+      cudaSuccess) {
+    return {};
+  }
+  l.stages = stages;
+  l.per_stage = static_cast<unsigned>(((uint64_t(1) << 32) + stages - 1) / stages);
+  const int rows = kBlock * warps;
+  const int64_t sequences = std::max<int64_t>(l.sequences, 1);
+  const int64_t length = l.packed ? (l.seqlen + sequences - 1) / sequences : l.seqlen;
+  const int64_t tiles = std::max<int64_t>((length + rows - 1) / rows, 1);
+  const int64_t slots = int64_t(processors) * Traits::kBlocks;
+  const bool keeps = stages >= (l.window + 14) / kBlock + 2 + warps;
+  int strips = 1;
+  double best = 0;
+  for (int n = 1; n <= (keeps ? std::min<int64_t>(tiles, 32) : 1); ++n) {
+    const int64_t ctas = sequences * l.heads * ((tiles + n - 1) / n);
+    const double time = double((ctas + slots - 1) / slots) * (n * rows + l.window + 64);
+    if (n == 1 || time < best) best = time, strips = n;
+  }
+  l.rows = rows * strips;
+  l.tiles_of_each = (l.seqlen + l.rows - 1) / l.rows;
+  return {32 * (warps + 1), bytes,
+          l.packed ? l.seqlen / l.rows + l.sequences + 1 : l.sequences * l.tiles_of_each};
 }
 
 }  // namespace based::cuda

@@ -33,28 +33,27 @@ Status sliding_window_attention_backward(const SlidingWindowBackwardParams& p, v
     if (has_tokens) {
       using Traits = WindowTraits<T, WindowPass::kQueries>;
       const auto kernel = sliding_window_bwd_queries_kernel<T>;
-      const int warps = prepare<Traits>(kernel);
-      if (warps == 0) return launch_status(kOp);
-      const int64_t blocks = cut_into_tiles(layout, 16 * warps) * layout.heads;
+      const WindowCut parts = cut<Traits>(kernel, layout);
+      if (parts.threads == 0) return launch_status(kOp);
+      const int64_t blocks = parts.tiles * layout.heads;
       if (blocks > kMaxBlocks) return too_large(kOp);
-      kernel<<<static_cast<unsigned>(blocks), 32 * (warps + 1), Traits::shared_bytes(warps),
-               stream>>>(p, layout, deltas);
+      kernel<<<static_cast<unsigned>(blocks), parts.threads, parts.bytes, stream>>>(p, layout,
+                                                                                    deltas);
       const Status launched = launch_status(kOp);
       if (!launched.ok()) return launched;
     }
     using Traits = WindowTraits<T, WindowPass::kKeys>;
     const auto kernel = sliding_window_bwd_keys_kernel<T>;
-    const int warps = prepare<Traits>(kernel);
-    if (warps == 0) return launch_status(kOp);
-    const int rows = 16 * warps;
-    const int64_t tiles = cut_into_tiles(layout, rows);
-    const int64_t token_blocks = has_tokens ? tiles * layout.heads : 0;
-    const int ring_tiles = p.dinitial_k_cache.rank < 0 ? 0 : (layout.ring_size + rows - 1) / rows;
+    const WindowCut parts = cut<Traits>(kernel, layout);
+    if (parts.threads == 0) return launch_status(kOp);
+    const int64_t token_blocks = has_tokens ? parts.tiles * layout.heads : 0;
+    const int ring_tiles =
+        p.dinitial_k_cache.rank < 0 ? 0 : (layout.ring_size + layout.rows - 1) / layout.rows;
     const int64_t blocks = token_blocks + layout.sequences * ring_tiles * layout.heads;
     if (blocks == 0) return Status();
     if (blocks > kMaxBlocks) return too_large(kOp);
-    kernel<<<static_cast<unsigned>(blocks), 32 * (warps + 1), Traits::shared_bytes(warps),
-             stream>>>(p, layout, deltas, token_blocks, ring_tiles);
+    kernel<<<static_cast<unsigned>(blocks), parts.threads, parts.bytes, stream>>>(
+        p, layout, deltas, static_cast<unsigned>(token_blocks), ring_tiles);
     return launch_status(kOp);
   });
 }

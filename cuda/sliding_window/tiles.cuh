@@ -13,6 +13,7 @@
 #include "primitives/element.cuh"
 #include "primitives/mma.cuh"
 #include "sliding_window/geometry.cuh"
+#include "sliding_window/traits.h"
 
 namespace based::cuda {
 
@@ -28,26 +29,27 @@ struct Tile {
   static_assert(kV % 16 == 0 && (kChunks + 1) % 2 == 1);
 };
 
-// sX (rows, kV) <- the rows s0 ... of the source, 0 outside [lower, upper] and beyond head_dim. By
+// sX (16, kV) <- the rows s0 ... of the source, 0 outside [lower, upper] and beyond head_dim. By
 // one warp; asynchronous where rows are aligned.
 template <class T>
-__device__ __forceinline__ void load_rows(typename T::Element* sX, int rows,
-                                          const RowSource<typename T::Element>& shared_source,
-                                          int s0, int lower, int upper, int head_dim,
-                                          bool aligned) {
+__device__ __forceinline__ void load_block(typename T::Element* sX,
+                                           const RowSource<typename T::Element>& shared_source,
+                                           int s0, int lower, int upper, int head_dim,
+                                           bool aligned) {
   using Element = typename T::Element;
   // Lanes side by side take kLanes chunks of a row, and kRows rows.
   constexpr int kLanes = T::kChunks < 32 ? T::kChunks : 32, kRows = 32 / kLanes;
   const RowSource<Element> source = shared_source;
   const int l = threadIdx.x % 32, r0 = l / kLanes;
   if (r0 >= kRows) return;
-  if (aligned && s0 >= max(lower, 0) && s0 + rows - 1 <= upper) {  // nothing to look at on the way
+  if (aligned && s0 >= max(lower, 0) &&
+      s0 + kBlock - 1 <= upper) {  // nothing to look at on the way
 #pragma unroll
     for (int c = l % kLanes * T::kChunk; c < T::kV; c += kLanes * T::kChunk) {
       const Element* from = source.tokens + (s0 + r0) * source.token_stride + c;
       uint32_t to = shared_address(sX + r0 * T::kLd + c);
-#pragma unroll 8
-      for (int r = 0; r < rows; r += kRows) {
+#pragma unroll
+      for (int r = 0; r < kBlock; r += kRows) {
         cp_async_16(to, from, c < head_dim);
         from += kRows * source.token_stride;
         to += kRows * T::kLd * int(sizeof(Element));
@@ -56,7 +58,7 @@ __device__ __forceinline__ void load_rows(typename T::Element* sX, int rows,
     return;
   }
 #pragma unroll 1
-  for (int r = r0; r < rows; r += kRows) {
+  for (int r = r0; r < kBlock; r += kRows) {
     const int s = s0 + r;
     const bool inside = s >= lower && s <= upper;
     const Element* from = inside ? source.row(s) : source.tokens;
@@ -74,27 +76,6 @@ __device__ __forceinline__ void load_rows(typename T::Element* sX, int rows,
   }
 }
 
-// The warp's 16 rows from shared memory to the rows s0 ... of the target, where `wanted(s)`.
-template <class T, class WantedFn>
-__device__ __forceinline__ void store_rows(const typename T::Element* sX,
-                                           const RowSource<typename T::Element>& target, int s0,
-                                           int head_dim, bool aligned, const WantedFn& wanted) {
-  for (int i = threadIdx.x % 32; i < 16 * T::kChunks; i += 32) {
-    const int r = i / T::kChunks, c = i % T::kChunks * T::kChunk;
-    if (!wanted(s0 + r)) continue;
-    const typename T::Element* from = sX + r * T::kLd + c;
-    typename T::Element* to = target.row(s0 + r) + c;
-    if (aligned) {
-      if (c < head_dim) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int e = 0; e < T::kChunk && c + e < head_dim; ++e) to[e] = from[e];
-    }
-  }
-}
-
-__device__ __forceinline__ void store_pair(float* target, float a, float b) {
-  *reinterpret_cast<float2*>(target) = make_float2(a, b);
-}
 __device__ __forceinline__ uint32_t pack(__nv_bfloat16, float a, float b) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<const uint32_t*>(&pair);
@@ -103,20 +84,53 @@ __device__ __forceinline__ uint32_t pack(__half, float a, float b) {
   const __half2 pair = __floats2half2_rn(a, b);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
-template <class Element>
-__device__ __forceinline__ void store_pair(Element* target, float a, float b) {
-  *reinterpret_cast<uint32_t*>(target) = pack(Element(), a, b);
-}
-
-// rows (16, kOut) of shared memory <- the warp's accumulators, row r times factor[r / 8].
-template <class T, int kOut>
-__device__ __forceinline__ void stage_rows(typename T::Element* rows, const float (&x)[kOut / 8][4],
-                                           float factor0, float factor1) {
-  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+// The rows row0 ... of the target that are `wanted`, columns column ... <- the warp's accumulators,
+// row r times factors[r / 8].
+template <class T, int kOut, class WantedFn>
+__device__ __forceinline__ void store_strip(const float (&x)[kOut / 8][4],
+                                            const float (&factors)[2],
+                                            const RowSource<typename T::Element>& target, int row0,
+                                            int column, int head_dim, bool aligned,
+                                            const WantedFn& wanted) {
+  using Element = typename T::Element;
+  const int l = threadIdx.x % 32;
 #pragma unroll
-  for (int j = 0; j < kOut / 8; ++j) {
-    store_pair(rows + g * T::kLd + 8 * j + c, x[j][0] * factor0, x[j][1] * factor0);
-    store_pair(rows + (g + 8) * T::kLd + 8 * j + c, x[j][2] * factor1, x[j][3] * factor1);
+  for (int r = 0; r < 2; ++r) {
+    const int row = row0 + l / 4 + 8 * r;
+    const bool write = wanted(row);
+    Element* const to = write ? target.row(row) : nullptr;
+    const auto value = [&](int j, int i) { return x[j][2 * r + i] * factors[r]; };
+    if (!aligned) {
+#pragma unroll
+      for (int j = 0; j < kOut / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int c = column + 8 * j + l % 4 * 2 + i;
+          if (write && c < head_dim) to[c] = from_float<Element>(value(j, i));
+        }
+      }
+    } else if constexpr (std::is_same_v<Element, float>) {
+#pragma unroll
+      for (int j = 0; j < kOut / 8; ++j) {
+        const int c = column + 8 * j + l % 4 * 2;
+        if (write && c < head_dim) {
+          *reinterpret_cast<float2*>(to + c) = make_float2(value(j, 0), value(j, 1));
+        }
+      }
+    } else {
+      // Two lanes swap halves of two 8-column tiles, so that a row's 32 bytes are written at once.
+      const bool odd = l % 2 == 1;
+#pragma unroll
+      for (int j = 0; j < kOut / 8; j += 2) {
+        const uint32_t a = pack(Element(), value(j, 0), value(j, 1));
+        const uint32_t b = pack(Element(), value(j + 1, 0), value(j + 1, 1));
+        const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? a : b, 1);
+        const int c = column + 8 * (j + odd) + l % 4 / 2 * 4;
+        if (write && c < head_dim) {
+          *reinterpret_cast<uint2*>(to + c) = odd ? make_uint2(other, b) : make_uint2(a, other);
+        }
+      }
+    }
   }
 }
 
@@ -166,41 +180,45 @@ struct RowOperand {
   }
 };
 
-// s (16, 8 kN) += rows (16, kV) times the transpose of the tile's kN * 8 rows from sX.
+// s[b] (16, 16) <- rows (16, kV) times the transpose of the 16 rows from sX[b], for kN blocks.
 template <int kN, class T, bool kInRegisters>
-__device__ __forceinline__ void mma_ABt(float (&s)[kN][4], const RowOperand<T, kInRegisters>& rows,
-                                        const typename T::Element* sX) {
+__device__ __forceinline__ void mma_ABt(float (&s)[kN][2][4],
+                                        const RowOperand<T, kInRegisters>& rows,
+                                        const typename T::Element* const (&sX)[kN]) {
   const int l = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < 8 * kN; ++j) s[j / 8][j / 4 % 2][j % 4] = 0.0f;
   if constexpr (std::is_same_v<typename T::Element, float>) {
     const float* a = rows.rows + l / 4 * T::kLd;
-    const float* x = sX + l % 4 * 2 * T::kLd;
 #pragma unroll 2
     for (int k = 0; k < T::kV; k += 4) {
       const float4 a0 = *reinterpret_cast<const float4*>(a + k);
       const float4 a1 = *reinterpret_cast<const float4*>(a + 8 * T::kLd + k);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float4 b = *reinterpret_cast<const float4*>(x + (8 * j + i) * T::kLd + k);
-          s[j][i] = fmaf(a0.x, b.x, fmaf(a0.y, b.y, fmaf(a0.z, b.z, fmaf(a0.w, b.w, s[j][i]))));
-          s[j][2 + i] =
-              fmaf(a1.x, b.x, fmaf(a1.y, b.y, fmaf(a1.z, b.z, fmaf(a1.w, b.w, s[j][2 + i]))));
-        }
+      for (int j = 0; j < 4 * kN; ++j) {
+        const int i = j % 2, row = j / 2 % 2 * 8 + l % 4 * 2 + i;
+        float (&x)[4] = s[j / 4][j / 2 % 2];
+        const float4 b = *reinterpret_cast<const float4*>(sX[j / 4] + row * T::kLd + k);
+        x[i] = fmaf(a0.x, b.x, fmaf(a0.y, b.y, fmaf(a0.z, b.z, fmaf(a0.w, b.w, x[i]))));
+        x[2 + i] = fmaf(a1.x, b.x, fmaf(a1.y, b.y, fmaf(a1.z, b.z, fmaf(a1.w, b.w, x[2 + i]))));
       }
     }
   } else {
+    uint32_t addresses[kN];
+#pragma unroll
+    for (int b = 0; b < kN; ++b) {
+      addresses[b] = shared_address(sX[b] + (l % 8 + l / 16 * 8) * T::kLd + l / 8 % 2 * 8);
+    }
 #pragma unroll
     for (int k = 0; k < T::kV / 16; ++k) {
       uint32_t a[4];
       rows.get(a, k);
 #pragma unroll
-      for (int j = 0; j < kN; j += 2) {
+      for (int n = 0; n < kN; ++n) {
         uint32_t b[4];
-        const int row = 8 * j + l % 8 + l / 16 * 8, column = 16 * k + l / 8 % 2 * 8;
-        ldmatrix_x4<false>(b, shared_address(sX + row * T::kLd + column));
-        warp_mma<typename T::Element>(s[j], a, b[0], b[1]);
-        warp_mma<typename T::Element>(s[j + 1], a, b[2], b[3]);
+        ldmatrix_x4<false>(b, addresses[n] + 32 * k);
+        warp_mma<typename T::Element>(s[n][0], a, b[0], b[1]);
+        warp_mma<typename T::Element>(s[n][1], a, b[2], b[3]);
       }
     }
   }

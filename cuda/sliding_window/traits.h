@@ -1,14 +1,16 @@
-// Tuning of sliding-window attention, measured at W = 128 on an H200.
+// Tuning of sliding-window attention, measured at W = 128.
 #pragma once
 
 namespace based::cuda {
 
 enum class WindowPass { kForward, kQueries, kKeys };  // out; dq and delta; dk and dv
 
+constexpr int kBlock = 16;  // rows of a strip, and columns that are loaded at a time
+
 struct WindowTuning {
-  int warps;       // that compute, 16 rows each; fewer on a GPU that is short of shared memory
-  int columns;     // columns of a tile
-  int stages;      // tiles in flight
+  int warps;       // that compute
+  int step;        // blocks of columns that a warp takes at a time
+  int stages;      // blocks of columns in shared memory; fewer, then fewer warps, where it is short
   bool registers;  // row operands live in registers, not in shared memory
   int blocks;      // CTAs on a multiprocessor at least (bounds the registers)
 };
@@ -16,10 +18,10 @@ struct WindowTuning {
 // For element size in bytes and head_dim (padded) kV.
 constexpr WindowTuning window_tuning(WindowPass pass, int element_bytes, int kV) {
   const bool forward = pass == WindowPass::kForward;
-  if (element_bytes == 4) return {7, kV > 64 ? 16 : 32, 2, false, 1};
-  if (kV <= 64) return forward ? WindowTuning{7, 32, 6, true, 2} : WindowTuning{5, 32, 4, true, 2};
-  if (kV <= 128) return forward ? WindowTuning{5, 32, 4, true, 2} : WindowTuning{7, 32, 4, true, 1};
-  return {7, 16, 3, false, 1};
+  if (element_bytes == 4) return {7, 1, kV > 128 ? 3 : 8, false, 1};
+  if (kV <= 64) return forward ? WindowTuning{7, 3, 19, true, 2} : WindowTuning{11, 1, 24, true, 1};
+  if (kV <= 128) return forward ? WindowTuning{7, 3, 20, true, 1} : WindowTuning{7, 1, 18, true, 1};
+  return {7, 1, 6, false, 1};
 }
 
 template <class Tile_, WindowPass kPass>
@@ -28,7 +30,7 @@ struct WindowTraits {
   using Element = typename Tile::Element;
   static constexpr WindowTuning kTuning = window_tuning(kPass, sizeof(Element), Tile::kV);
   static constexpr bool kBackward = kPass != WindowPass::kForward;
-  static constexpr int kColumns = kTuning.columns, kStages = kTuning.stages;
+  static constexpr int kStep = kTuning.step;
   static constexpr bool kRegisters = kTuning.registers;
   static constexpr int kThreads = (kTuning.warps + 1) * 32, kBlocks = kTuning.blocks;
   // Columns of the gradients that are summed up at a time: two of them have to fit the registers.
@@ -36,15 +38,14 @@ struct WindowTraits {
   static constexpr int kRowTiles = kBackward ? 2 : 1;              // q, or q and dout, or k and v
   static constexpr bool kHasVectors = kPass == WindowPass::kKeys;  // lse and delta of the columns
 
-  static constexpr int kTileBytes = kColumns * Tile::kLd * int(sizeof(Element));
-  static constexpr int kVectorBytes = kHasVectors ? kColumns * 4 : 0;
-  static constexpr int kStageBytes = 2 * kTileBytes + 2 * kVectorBytes;
-  static constexpr int kWarpBytes = 16 * Tile::kLd * int(sizeof(Element));  // 16 rows
-  // Row tiles; stages, a flag for each of their columns, two barriers for each stage.
-  static constexpr int shared_bytes(int warps) {
-    return kRowTiles * warps * kWarpBytes + kStages * (kStageBytes + kColumns * 4 + 16);
+  static constexpr int kTileBytes = kBlock * Tile::kLd * int(sizeof(Element));
+  static constexpr int kStageBytes = 2 * kTileBytes + (kHasVectors ? 2 * kBlock * 4 : 0);
+  static constexpr int kWarpBytes = kRowTiles * kTileBytes;  // the strip of a warp
+  // Strips; stages, a flag for each of their columns, two barriers for each stage.
+  static constexpr int shared_bytes(int warps, int stages) {
+    return warps * kWarpBytes + stages * (kStageBytes + kBlock * 4 + 16);
   }
-  static_assert(kColumns % 16 == 0 && Tile::kV % kOut == 0);
+  static_assert(kTuning.stages >= kStep && Tile::kV % kOut == 0);
 };
 
 }  // namespace based::cuda
