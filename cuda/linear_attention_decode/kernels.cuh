@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
     linear_attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
   const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, D = a.D, F = a.F, V = a.V, groups = a.groups;
-  const int group = tid / a.columns, column = tid % a.columns * kVec;
+  const int group = threadIdx.x / unsigned(a.columns);
+  const int column = threadIdx.x % unsigned(a.columns) * kVec;
   Element* gOut = static_cast<Element*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1];
 
   const DecodeRow row = decode_row(a.state_indices, b, a.slots);
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
   float first_v[kVec] = {};
   if (active && first_token < count) load_value(first_token, first_v);
   for (int i = tid; i < (count + 1) * D; i += blockDim.x) {
-    const int t = i / D - 1, j = i % D;
+    const int t = unsigned(i) / unsigned(D) - 1, j = unsigned(i) % unsigned(D);
     sQ[i] = to_float(t < 0 ? gQ[j] : tokens.key(t)[j]);  // sK follows sQ
   }
   __syncthreads();

@@ -16,7 +16,8 @@ __host__ __device__ inline TaylorRow taylor_row(int f, int D, float root) {
   if (f == 0) return {1.0f, -1, -1};
   if (f <= D) return {root, f - 1, -1};
   if (f <= 2 * D) return {0.70710678118654752f * root * root, f - 1 - D, f - 1 - D};
-  const int product = f - 1 - 2 * D, rotation = product / D + 1, i = product % D;
+  const unsigned product = f - 1 - 2 * D, width = D;
+  const int rotation = product / width + 1, i = product % width;
   const int j = i + rotation;
   return {root * root, i, j < D ? j : j - D};
 }

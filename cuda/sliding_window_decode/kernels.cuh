@@ -2,9 +2,9 @@
 //   out = softmax_s(scale <q, k_s>) v_s over the keys of the row's ring, this token's included
 //
 // Memory-bound: the ring of a head, 2 (W, V), is read once. One block per (row, head). kLanes lanes
-// hold one key, each kChunks vectors of kVec elements of it; a block holds kKeys keys for every
-// such group of lanes at a time, all of them loaded before the first is used. Every group keeps its
-// own running maximum, sum and output; they meet at the end. Scores, weights and sums are fp32.
+// hold one key, each kChunks vectors of kVec elements of it; every such group of lanes walks its
+// share of the keys, kStages of them on their way to shared memory. A group keeps its own running
+// maximum, sum and output; they meet at the end. Scores, weights and sums are fp32.
 #pragma once
 
 #include "primitives/cp_async.cuh"
@@ -68,15 +68,14 @@ __device__ __forceinline__ void fetch(Packed<Element, kVec>* slot, const Element
 }
 
 template <class Element, int kVec, int kChunks, int kLanes>
-__global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM)
+__global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM<kChunks>)
     sliding_window_decode_kernel(const __grid_constant__ WindowDecodeArgs a) {
   using Vec = Packed<Element, kVec>;
-  constexpr int kStages = kWindowDecodeStages, kKeys = kWindowDecodeKeys<kChunks>;
+  constexpr int kStages = kWindowDecodeStages;
   constexpr int kThreads = kWindowDecodeThreads, kWarps = kThreads / 32;
   constexpr int kGroups = kThreads / kLanes, kSize = kChunks * kVec;
   constexpr int kWidth = kLanes * kSize;  // >= V
-  __shared__ Vec sKeys[kStages][kKeys][kChunks][kThreads],
-      sValues[kStages][kKeys][kChunks][kThreads];
+  __shared__ Vec sKeys[kStages][kChunks][kThreads], sValues[kStages][kChunks][kThreads];
   __shared__ float sQ[kWidth], sK[kWidth], sV[kWidth];
   __shared__ float sOut[kWarps][kWidth], sMax[kWarps], sSum[kWarps];
   const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
@@ -104,16 +103,14 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
   int next = group;  // the next key of this group to fetch
   const auto fetch_stage = [&](int stage) {
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n, next += kGroups) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int i = (c * kLanes + lane) * kVec;
-        if (next >= present || next == current || i >= V) continue;
-        fetch<Element, kVec>(&sKeys[stage][n][c][tid], gK + next * a.k_cache_stride[1] + i);
-        fetch<Element, kVec>(&sValues[stage][n][c][tid], gV + next * a.v_cache_stride[1] + i);
-      }
+    for (int c = 0; c < kChunks; ++c) {
+      const int i = (c * kLanes + lane) * kVec;
+      if (next >= present || next == current || i >= V) continue;
+      fetch<Element, kVec>(&sKeys[stage][c][tid], gK + next * a.k_cache_stride[1] + i);
+      fetch<Element, kVec>(&sValues[stage][c][tid], gV + next * a.v_cache_stride[1] + i);
     }
     cp_async_commit();
+    next += kGroups;
   };
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) fetch_stage(stage);
@@ -159,43 +156,31 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
 
   Partial<kSize> part;
   int stage = 0;
-  for (int first = 0; first < present; first += kKeys * kGroups) {
+  for (int first = 0; first < present; first += kGroups) {
+    const int s = first + group;
     cp_async_wait<kStages - 1>();
-    float score[kKeys];
+    float score = 0;
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n) {
-      score[n] = 0;
+    for (int c = 0; c < kChunks; ++c) {
+      float key[kVec];
+      read(key, sKeys[stage][c][tid], sK, c, s);
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        float key[kVec];
-        read(key, sKeys[stage][n][c][tid], sK, c, first + n * kGroups + group);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) score[n] += rQ[c * kVec + i] * key[i];
-      }
+      for (int i = 0; i < kVec; ++i) score += rQ[c * kVec + i] * key[i];
     }
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-#pragma unroll
-      for (int n = 0; n < kKeys; ++n) score[n] += __shfl_xor_sync(0xffffffffu, score[n], mask);
+      score += __shfl_xor_sync(0xffffffffu, score, mask);
     }
-    float max = part.max;
+    const bool there = s < present;
+    part.rescale(there ? fmaxf(part.max, score) : part.max);
+    const float weight = there ? __expf(score - part.max) : 0.0f;
+    part.sum += weight;
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n) {
-      if (first + n * kGroups + group < present) max = fmaxf(max, score[n]);
-    }
-    part.rescale(max);
+    for (int c = 0; c < kChunks; ++c) {
+      float value[kVec];
+      read(value, sValues[stage][c][tid], sV, c, s);
 #pragma unroll
-    for (int n = 0; n < kKeys; ++n) {
-      const int s = first + n * kGroups + group;
-      const float weight = s < present ? __expf(score[n] - max) : 0.0f;
-      part.sum += weight;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        float value[kVec];
-        read(value, sValues[stage][n][c][tid], sV, c, s);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) part.out[c * kVec + i] += weight * value[i];
-      }
+      for (int i = 0; i < kVec; ++i) part.out[c * kVec + i] += weight * value[i];
     }
     fetch_stage(stage);
     stage = stage + 1 < kStages ? stage + 1 : 0;
