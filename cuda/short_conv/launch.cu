@@ -33,7 +33,7 @@ Status short_conv(const ShortConvParams& p, void*, Stream stream_) {
         });
       });
     };
-    return dispatch_vector<Element>(args.channels, launch, p.x, p.gate, p.out);
+    return dispatch_vector<Element>(launch, p.x, p.gate, p.out);
   });
 }
 

@@ -36,22 +36,11 @@ Status dispatch_mode(bool silu, bool gated, const Fn& fn) {
   }
 }
 
-// Whether vectors of `bytes` of a (B, T, C) tensor are aligned, every row and token of it.
-inline bool is_aligned(const TensorView& view, int64_t bytes, int64_t element_size) {
-  if (view.rank < 0) return true;
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
-  for (int i = 0; i < view.rank - 1; ++i) {
-    aligned = aligned && (view.size[i] <= 1 || view.stride[i] * element_size % bytes == 0);
-  }
-  return aligned;
-}
-
-// fn(Int<channels per vector>{}): kConvVector where every tensor is aligned to that, else 1.
+// fn(Int<channels per vector>{}): kConvVector where the rows of all tensors allow it, else 1.
 template <class Element, class Fn, class... Views>
-Status dispatch_vector(int64_t channels, const Fn& fn, const Views&... views) {
-  constexpr int kSize = sizeof(Element), kBytes = kConvVector * kSize;
-  const bool aligned = channels % kConvVector == 0 && (is_aligned(views, kBytes, kSize) && ...);
-  return aligned ? fn(Int<kConvVector>{}) : fn(Int<1>{});
+Status dispatch_vector(const Fn& fn, const Views&... views) {
+  const bool wide = (rows_are_vectors(views, kConvVector, sizeof(Element)) && ...);
+  return wide ? fn(Int<kConvVector>{}) : fn(Int<1>{});
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

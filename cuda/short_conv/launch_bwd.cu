@@ -42,7 +42,7 @@ Status short_conv_backward(const ShortConvBackwardParams& p, void* workspace, St
         });
       });
     };
-    status = dispatch_vector<Element>(args.channels, launch, p.x, p.gate, p.dout, p.dx, p.dgate);
+    status = dispatch_vector<Element>(launch, p.x, p.gate, p.dout, p.dx, p.dgate);
     if (status.ok() && p.dinitial_state.rank >= 0) {
       status = dispatch_taps(op, taps, [&](auto k) {
         return with_grid(op, ceil_div(n * args.channels, kStateThreads), [&](unsigned grid) {
