@@ -11,6 +11,7 @@ ms: median. ours is: the baseline's median over ours; in our own row, the best b
 of floor: the least time at the ceilings (bytes moved or flops, the larger) over the median.
 backward: forward and backward together, less the forward.
 cached: one state, which the last call left in the cache; the floor is the memory's all the same.
+A baseline's output may differ from the reference ten times as much as ours.
 * computes another function (softmax attention): its output was not compared with the reference."""
 
 

@@ -179,7 +179,9 @@ def check(case, implementation, arguments, expected):
     if not implementation.same_function:
         return None
     errors = relative_errors(map(case.sample, outputs), expected)
-    if not all(error <= case.tolerance(i) for i, error in enumerate(errors)):
+    # A baseline has to compute the same thing, not as exactly.
+    slack = 1 if implementation.name == registry.OURS else 10
+    if not all(error <= slack * case.tolerance(i) for i, error in enumerate(errors)):
         raise ValueError(f"wrong, errors {errors}")
     return errors
 
