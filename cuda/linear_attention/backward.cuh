@@ -22,39 +22,8 @@ constexpr int kGradientRows =
 
 __device__ __forceinline__ int64_t token_index(const Arguments& a, const Segment& seg, int tile,
                                                int head, int64_t t) {
-  return ((tile * (a.cu_seqlens == nullptr ? a.sequences : 1) + seg.batch) * a.seqlen + t) *
-             a.heads +
-         head;
-}
-
-// 1 / den and delta of 64 tokens, as they scale the operand u; zeros below n.
-template <class Tr>
-__device__ __forceinline__ void load_scalars(float* sInverse, float* sDelta, const Arguments& a,
-                                             const Segment& seg, int tile, int head, int64_t t,
-                                             int n, float unit) {
-  for (int i = threadIdx.x; i < kChunk; i += Tr::kThreads) {
-    const int64_t index = token_index(a, seg, tile, head, t + (i < n ? i : 0));
-    sInverse[i] = i < n ? (a.normalize ? a.inverse_den[index] * unit : 1.0f) : 0.0f;
-    sDelta[i] = i < n && a.normalize ? a.delta[index] * unit : 0.0f;
-  }
-}
-
-// Rows of a tile of dout times sInverse, rounded, in place: u.
-template <class Tr, class Tile>
-__device__ __forceinline__ void scale_rows(Tile& tile, const float* sInverse) {
-  using Element = typename Tr::Element;
-  for (int p = threadIdx.x; p < kChunk * kTileV / 8; p += Tr::kThreads) {
-    const int row = p % kChunk;
-    uint4& at = *reinterpret_cast<uint4*>(tile.at(row, p / kChunk));
-    uint4 x = at;
-    uint32_t* words = reinterpret_cast<uint32_t*>(&x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 value = unpack<Element>(words[i]);
-      words[i] = pack<Element>(value.x * sInverse[row], value.y * sInverse[row]);
-    }
-    at = x;
-  }
+  const int64_t batch = a.cu_seqlens == nullptr ? a.sequences : 1;
+  return ((tile * batch + seg.batch) * a.seqlen + t) * a.heads + head;
 }
 
 // delta as an operand: rounded, and what the rounding left.
@@ -62,6 +31,42 @@ template <class Element>
 __device__ __forceinline__ uint32_t two_parts(float x) {
   const float high = unpack<Element>(pack<Element>(x, 0.0f)).x;
   return pack<Element>(high, x - high);
+}
+
+// 1 / den and delta of the thread's row of a chunk of n tokens, zeros where there is none.
+__device__ __forceinline__ float2 load_scalars(const Arguments& a, const Segment& seg, int tile,
+                                               int head, int64_t t, int n) {
+  const int row = threadIdx.x % kChunk;
+  if (row >= n) return {0.0f, 0.0f};
+  if (!a.normalize) return {1.0f, 0.0f};
+  const int64_t index = token_index(a, seg, tile, head, t + row);
+  return {a.inverse_den[index], a.delta[index]};
+}
+
+// The rows of a tile of dout become u = dout / den times unit, rounded; the columns behind them
+// delta times unit in two parts. sDelta: the same delta in fp32.
+template <class Tr>
+__device__ __forceinline__ void scale_gradients(ValueTile& tile, float* sDelta, float2 scalars,
+                                                float unit) {
+  using Element = typename Tr::Element;
+  const int row = threadIdx.x % kChunk;
+  const float inverse = scalars.x * unit, delta = scalars.y * unit;
+#pragma unroll
+  for (int block = threadIdx.x / kChunk; block < kTileV / 8; block += kThreads / kChunk) {
+    uint4 x = *reinterpret_cast<const uint4*>(tile.at(row, block));
+    uint32_t* words = reinterpret_cast<uint32_t*>(&x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 value = unpack<Element>(words[i]);
+      words[i] = pack<Element>(value.x * inverse, value.y * inverse);
+    }
+    *reinterpret_cast<uint4*>(tile.at(row, block)) = x;
+  }
+  if (threadIdx.x < kChunk) {
+    *reinterpret_cast<uint4*>(tile.at(row, kTileV / 8)) =
+        make_uint4(two_parts<Element>(delta), 0, 0, 0);
+    sDelta[row] = delta;
+  }
 }
 
 // dx += J(x)^T dphi for the groups from kFirst on; dx (16, D) a warp and dphi (16, N) in the
@@ -115,28 +120,25 @@ __device__ __forceinline__ void add_feature_gradient(float (&dx)[Tr::D / 2],
   });
 }
 
-// dx += J(x)^T (state times y) for this slice; y (64, 80) as A fragments.
+// dx += J(x)^T (state times y); y (64, 80) as A fragments.
 template <class Tr, class StateTile>
 __device__ __forceinline__ void add_state_gradient(float (&dx)[Tr::D / 2],
                                                    const uint32_t (&y)[kGradientRows / 16][4],
                                                    const StateTile& sState,
                                                    const TokenRows<Tr>& rows) {
   constexpr int N = Tr::kGradientN;
-  static_for<0, Tr::kSlices>([&](auto slice) {
-    if (warpgroup_index<Tr>() != decltype(slice)::value) return;
-    static_for<0, Tr::kSliceF / N>([&](auto part) {
-      constexpr int kFirst =
-          decltype(slice)::value * Tr::kSliceGroups + decltype(part)::value * (N / 8);
-      float dphi[N / 2];
-      mma_begin(dphi);
+  static_assert(Tr::kF % N == 0 && N % 16 == 0);
+  static_for<0, Tr::kF / N>([&](auto part) {
+    constexpr int kFirst = decltype(part)::value * (N / 8);
+    float dphi[N / 2];
+    mma_begin(dphi);
 #pragma unroll
-      for (int k = 0; k < kGradientRows / 16; ++k) {
-        mma_AB<typename Tr::Element, N>(dphi, y[k], sState, 16 * k, kFirst, k > 0);
-      }
-      mma_commit();
-      mma_wait<0>(dphi);
-      add_feature_gradient<Tr, kFirst, N>(dx, dphi, rows);
-    });
+    for (int k = 0; k < kGradientRows / 16; ++k) {
+      mma_AB<typename Tr::Element, N>(dphi, y[k], sState, 16 * k, kFirst, k > 0);
+    }
+    mma_commit();
+    mma_wait<0>(dphi);
+    add_feature_gradient<Tr, kFirst, N>(dx, dphi, rows);
   });
 }
 
@@ -145,11 +147,12 @@ template <class Tr>
 __device__ __forceinline__ void store_gradient(const Rows& to, float* partial, const Arguments& a,
                                                const Segment& seg, int tile, int head, int64_t t,
                                                int n, const float (&dx)[Tr::D / 2], float unit) {
+  const int first_row = warpgroup_index() * kRows;
 #pragma unroll
   for (int i = 0; i < Tr::D / 8; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = score_row(2 * half), column = score_column(i, 0);
+      const int row = first_row + acc_row(2 * half), column = 8 * i + acc_column(0);
       const float low = dx[4 * i + 2 * half] * unit, high = dx[4 * i + 2 * half + 1] * unit;
       if (row >= n) continue;
       if (partial != nullptr) {
@@ -197,79 +200,65 @@ static __global__ void __launch_bounds__(256)
 
 template <class Tr>
 struct GradientIncrementSmem {
-  alignas(128) TokenTile<Tr> q[2];
-  CoreTile<kChunk, kTileV> u[2];
-  PhiTile<Tr> phi;
-  float inverse[kChunk], delta[kChunk];
+  alignas(128) PhiTile<Tr> phi;  // first: FeatureSums reads on behind it
+  TokenTile<Tr> q[Tr::kIncrementStages];
+  ValueTile u[Tr::kIncrementStages];
+  float delta[kChunk];
 };
 
-// Sum of 64 floats, the same in every lane of a warp.
-__device__ __forceinline__ float sum_chunk(const float* x) {
-  float sum = x[threadIdx.x % 32] + x[threadIdx.x % 32 + 32];
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-  return sum;
-}
-
 template <class Tr>
-__global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
+__global__ void __launch_bounds__(kThreads, 1)
     gradient_increment_kernel(const __grid_constant__ Arguments a) {
   using Element = typename Tr::Element;
+  constexpr int kStages = Tr::kIncrementStages;
   extern __shared__ __align__(128) char raw[];
   auto& smem = *reinterpret_cast<GradientIncrementSmem<Tr>*>(raw);
   const Place place(a);
   const Segment seg = segment_of(a, place.slot);
   if (!seg.exists || seg.first) return;
   const int head = place.head, first_v = place.tile * kTileV;
-  const int valid = min(kTileV, a.head_dim - first_v) / 8;
-  const int chunks = int((seg.end - seg.begin + kChunk - 1) / kChunk);
-  const auto prefetch = [&](int i) {
-    const int64_t t = seg.begin + int64_t(i) * kChunk;
-    const int n = int(min(int64_t(kChunk), seg.end - t));
-    load_tile<Tr::kThreads, Element>(smem.q[i % 2], a.q, seg.batch, t, n, head, 0, Tr::D / 8,
-                                     Tr::D / 8);
-    load_tile<Tr::kThreads, Element>(smem.u[i % 2], a.dout, seg.batch, t, n, head, first_v,
-                                     kTileV / 8, valid);
+  const int valid = min(kTileV, a.head_dim - first_v) / 8, length = int(seg.end - seg.begin);
+  const auto prefetch = [&](int done) {
+    const int64_t t = seg.begin + done;
+    const int n = length - done, stage = done / kChunk % kStages;
+    if (n > 0) {
+      load_tile<Tr::D / 8, Element>(smem.q[stage], a.q, seg.batch, t, n, head, 0, Tr::D / 8);
+      load_tile<kTileV / 8, Element>(smem.u[stage], a.dout, seg.batch, t, n, head, first_v, valid);
+    }
     cp_async_commit();
   };
 
-  prefetch(0);
-  zero_padding<Tr>(smem.q[0]), zero_padding<Tr>(smem.q[1]);
+  for (int i = 0; i < kStages; ++i) zero_padding<Tr>(smem.q[i]);
+  for (int i = 0; i < kStages - 1; ++i) prefetch(i * kChunk);
   StateSlice<Tr> state;
-  Moments<Tr> moments;
+  FeatureSums<Tr> sums;
   state.clear();
-  float constant = 0, unit = 1;
-  for (int i = 0; i < chunks; ++i) {
-    const int64_t t = seg.begin + int64_t(i) * kChunk;
-    const int n = int(min(int64_t(kChunk), seg.end - t));
-    const float next_unit = gradient_unit<Tr>(a, tokens_seen(a, seg, head, int64_t(i) * kChunk));
+  float unit = 1;
+  float2 scalars = load_scalars(a, seg, place.tile, head, seg.begin, length);
+  for (int done = 0; done < length; done += kChunk) {
+    const int stage = done / kChunk % kStages;
+    const float next_unit = gradient_unit<Tr>(a, tokens_seen(a, seg, head, done));
     if (Tr::kHalf && next_unit != unit) {
-      const float factor = next_unit / unit;
-      state.scale(factor), moments.scale(factor), constant *= factor;
+      state.scale(next_unit / unit), sums.scale(next_unit / unit);
     }
     unit = next_unit;
-    cp_async_wait<0>();
+    cp_async_wait<kStages - 2>();
     __syncthreads();
-    load_scalars<Tr>(smem.inverse, smem.delta, a, seg, place.tile, head, t, n, unit);
-    if (i + 1 < chunks) prefetch(i + 1);
-    store_features<Tr>(smem.phi, smem.q[i % 2]);
-    __syncthreads();
-    scale_rows<Tr>(smem.u[i % 2], smem.inverse);
+    prefetch(done + (kStages - 1) * kChunk);
+    scale_gradients<Tr>(smem.u[stage], smem.delta, scalars, unit);
+    scalars =
+        load_scalars(a, seg, place.tile, head, seg.begin + done + kChunk, length - done - kChunk);
+    store_features<Tr>(smem.phi, smem.q[stage], 0);
     mma_publish();
     __syncthreads();
-    mma_begin(state.sum);
-    state.update(smem.u[i % 2], smem.phi);
-    mma_commit();
-    moments.template update<true>(smem.q[i % 2], smem.delta);
-    constant += sum_chunk(smem.delta);
+    update_state<Tr>(state, sums, smem.u[stage], smem.phi, smem.q[stage]);
     mma_wait<0>(state.sum);
   }
-  state.scale(1 / unit), moments.scale(1 / unit), constant /= unit;
+  state.scale(1 / unit), sums.scale(1 / unit);
   float* workspace = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
   state.store(workspace);
   float* gZ = workspace + Tr::kF * kTileV;
-  moments.for_each([&](int f, float value) { gZ[f] = value; });
-  if (threadIdx.x == 0) gZ[Tr::kConstant] = constant;
+  sums.for_each([&](int f, float value) { gZ[f] = value; });
 }
 
 // ---- dq ----------------------------------------------------------------------------------------
@@ -278,29 +267,31 @@ template <class Tr>
 struct BackwardSmem {
   using StateTile = CoreTile<kGradientRows, Tr::kF>;
   static constexpr int kStages = Tr::kBackwardStages;
-  alignas(128) TokenTile<Tr> q[kStages], k[kStages];
-  ValueTile v[kStages];
-  CoreTile<kChunk, kTileV> u[kStages];  // dout, then u
-  PhiTile<Tr> phi;                      // also: partial sums of slices
+  union {
+    alignas(128) PhiTile<Tr> phi;
+    typename Tr::Element scratch[kThreads / 32][16 * kPairs];  // of the NaN paths
+  };
   StateTile state;
-  char transposed[Tr::kThreads / 32][TokenRows<Tr>::kTransposedBytes];
+  TokenTile<Tr> q[kStages], k[kStages];
+  ValueTile v[kStages], u[kStages];  // u: dout, then u
+  char transposed[kThreads / 32][TokenRows<Tr>::kTransposedBytes];
   float z[Tr::kF];
-  float inverse[kChunk], delta[kChunk];
+  float delta[kChunk];
 };
 
 template <class Tr>
 __device__ __forceinline__ void prefetch_chunk(BackwardSmem<Tr>& smem, const Arguments& a,
-                                               const Segment& seg, const Place& place, int i) {
+                                               const Segment& seg, const Place& place, int done) {
   using Element = typename Tr::Element;
-  constexpr int kBlocks = Tr::D / 8, kThreads = Tr::kThreads;
-  const int64_t t = seg.begin + int64_t(i) * kChunk;
-  const int n = int(min(int64_t(kChunk), seg.end - t)), stage = i % Tr::kBackwardStages;
+  constexpr int kBlocks = Tr::D / 8;
+  const int64_t t = seg.begin + done;
+  const int n = int(seg.end - t), stage = done / kChunk % Tr::kBackwardStages;
   const int head = place.head, first_v = place.tile * kTileV;
   const int valid = min(kTileV, a.head_dim - first_v) / 8;
-  load_tile<kThreads, Element>(smem.q[stage], a.q, seg.batch, t, n, head, 0, kBlocks, kBlocks);
-  load_tile<kThreads, Element>(smem.k[stage], a.k, seg.batch, t, n, head, 0, kBlocks, kBlocks);
-  load_tile<kThreads, Element>(smem.v[stage], a.v, seg.batch, t, n, head, first_v, 8, valid);
-  load_tile<kThreads, Element>(smem.u[stage], a.dout, seg.batch, t, n, head, first_v, 8, valid);
+  load_tile<kBlocks, Element>(smem.q[stage], a.q, seg.batch, t, n, head, 0, kBlocks);
+  load_tile<kBlocks, Element>(smem.k[stage], a.k, seg.batch, t, n, head, 0, kBlocks);
+  load_tile<kTileV / 8, Element>(smem.v[stage], a.v, seg.batch, t, n, head, first_v, valid);
+  load_tile<kTileV / 8, Element>(smem.u[stage], a.dout, seg.batch, t, n, head, first_v, valid);
   cp_async_commit();
 }
 
@@ -308,12 +299,9 @@ template <class Tr>
 __device__ __forceinline__ void prepare_tiles(BackwardSmem<Tr>& smem) {
   for (int i = 0; i < Tr::kBackwardStages; ++i) {
     zero_padding<Tr>(smem.q[i]), zero_padding<Tr>(smem.k[i]);
-    for (int row = threadIdx.x; row < kChunk; row += Tr::kThreads) {  // the column of ones
-      *reinterpret_cast<uint4*>(smem.v[i].at(row, kTileV / 8)) =
-          make_uint4(one<typename Tr::Element>(), 0, 0, 0);
-    }
+    store_ones<typename Tr::Element>(smem.v[i], kChunk);
   }
-  for (int i = threadIdx.x; i < Tr::kGroups * 16; i += Tr::kThreads) {  // rows below the state's
+  for (int i = threadIdx.x; i < Tr::kGroups * 16; i += kThreads) {  // rows below the state's
     *reinterpret_cast<uint4*>(smem.state.at(kTileV + i % 16, i / 16)) = make_uint4(0, 0, 0, 0);
   }
 }
@@ -325,97 +313,81 @@ __device__ __forceinline__ void store_row(StateTile& sState, int row, int f, flo
       from_float<typename Tr::Element>(value);
 }
 
-// dw (1 + s) scale unit where s <= t, as A fragments. delta: of the row's token, or in shared
-// memory of the column's (kUpper).
-template <class Tr, bool kUpper>
-__device__ __forceinline__ void score_gradients(uint32_t (&ds)[kChunk / 16][4],
-                                                const float (&scores)[kChunk / 2],
-                                                const float (&dw)[kChunk / 2],
-                                                const float (&row_delta)[2], const float* sDelta,
+// dw (1 + s) scale unit of the visible pairs, as A fragments. dw still lacks delta: of the row's
+// token, or (kUpper) of the column's.
+template <class Tr, Visible kVisible, int kPart, class Delta>
+__device__ __forceinline__ void score_gradients(uint32_t (&ds)[kPairs / 16][4],
+                                                const float (&scores)[kPairs / 2],
+                                                const float (&dw)[kPairs / 2], const Delta& delta,
                                                 float scale, float unit) {
   const float a = scale * scale * unit, b = scale * unit;
+  for_each_strip<kVisible, kPart>([&](auto k, const auto& visible) {
+    constexpr int kStrip = decltype(k)::value;
 #pragma unroll
-  for (int i = 0; i < kChunk / 8; ++i) {
-    float value[4];
+    for (int half = 0; half < 2; ++half) {
+      float value[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float delta = kUpper ? sDelta[score_column(i, e)] : row_delta[e / 2];
-      const bool visible =
-          kUpper ? score_column(i, e) >= score_row(e) : score_column(i, e) <= score_row(e);
-      const float slope = fmaf(scores[4 * i + e], a, b);
-      value[e] = visible ? (dw[4 * i + e] + delta) * slope : 0.0f;
+      for (int e = 0; e < 4; ++e) {
+        const int i = 8 * kStrip + 4 * half + e;
+        const float slope = fmaf(scores[i], a, b);
+        value[e] = visible(half, e) ? (dw[i] + delta(2 * kStrip + half, e)) * slope : 0.0f;
+      }
+      ds[kStrip][2 * half] = pack<typename Tr::Element>(value[0], value[1]);
+      ds[kStrip][2 * half + 1] = pack<typename Tr::Element>(value[2], value[3]);
     }
-    ds[i / 2][i % 2 * 2] = pack<typename Tr::Element>(value[0], value[1]);
-    ds[i / 2][i % 2 * 2 + 1] = pack<typename Tr::Element>(value[2], value[3]);
-  }
+  });
 }
 
-// dx (16, D) a warp += ds (16, 64) times the rows of x.
+// dx (16, D) a warp += ds (16, kPairs) times rows first ... of x.
 template <class Tr, class Tile>
 __device__ __forceinline__ void multiply_rows(float (&dx)[Tr::D / 2],
-                                              const uint32_t (&ds)[kChunk / 16][4],
-                                              const Tile& sX) {
+                                              const uint32_t (&ds)[kPairs / 16][4], const Tile& sX,
+                                              int first) {
 #pragma unroll
-  for (int k = 0; k < kChunk / 16; ++k) {
+  for (int k = 0; k < kPairs / 16; ++k) {
 #pragma unroll
     for (int n = 0; n < Tr::D / 8; n += 2) {
       uint32_t b[4];
-      load_b(b, sX, 16 * k, n);
+      load_b(b, sX, first + 16 * k, n);
       warp_mma<typename Tr::Element>(dx + 4 * n, ds[k], b[0], b[1]);
       if (n + 1 < Tr::D / 8) warp_mma<typename Tr::Element>(dx + 4 * n + 4, ds[k], b[2], b[3]);
     }
   }
 }
 
-// The same without the products of masked zeros, for NaN or infinity among later tokens' x.
-template <class Tr, class Tile>
-__device__ __forceinline__ void multiply_visible_rows(float (&dx)[Tr::D / 2],
-                                                      const uint32_t (&ds)[kChunk / 16][4],
-                                                      const Tile& sX,
-                                                      CoreTile<kChunk, kChunk>& sW) {
-  using Element = typename Tr::Element;
-  const int c4 = threadIdx.x % 4 * 4;
+// scores and dw (64, kPairs) of a warpgroup's rows with rows first ... of the other side.
+template <class Tr, class XTile>
+__device__ __forceinline__ void multiply_pairs(float (&scores)[kPairs / 2], float (&dw)[kPairs / 2],
+                                               const TokenRows<Tr>& rows, const XTile& sX,
+                                               const uint32_t (&y)[kGradientRows / 16][4],
+                                               const ValueTile& sY, int first) {
+  mma_begin(scores, dw);
+  multiply_scores<Tr>(scores, rows, sX, first);
 #pragma unroll
-  for (int i = 0; i < kChunk / 8; ++i) {
-    *reinterpret_cast<uint32_t*>(sW.at(score_row(0), i) + c4) = ds[i / 2][i % 2 * 2];
-    *reinterpret_cast<uint32_t*>(sW.at(score_row(2), i) + c4) = ds[i / 2][i % 2 * 2 + 1];
+  for (int k = 0; k < kTileV / 16; ++k) {
+    mma_ABt<typename Tr::Element, kPairs>(dw, y[k], sY, first, 2 * k, k > 0);
   }
-  __syncwarp();
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const int t = score_row(2 * half);
-#pragma unroll 1
-    for (int s = 0; s <= t; ++s) {
-      const float d = to_float(*reinterpret_cast<const Element*>(sW.at(t, s / 8) + s % 8 * 2));
-#pragma unroll
-      for (int i = 0; i < Tr::D / 8; ++i) {
-        const float2 x = unpack<Element>(*reinterpret_cast<const uint32_t*>(sX.at(s, i) + c4));
-        if (half == 0) dx[4 * i] += d * x.x, dx[4 * i + 1] += d * x.y;
-        if (half == 1) dx[4 * i + 2] += d * x.x, dx[4 * i + 3] += d * x.y;
-      }
-    }
-  }
+  mma_commit();
+  mma_wait<0>(scores, dw);
 }
 
 template <class Tr>
-__global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
-    dq_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__ Arguments a) {
   using Element = typename Tr::Element;
   extern __shared__ __align__(128) char raw[];
   auto& smem = *reinterpret_cast<BackwardSmem<Tr>*>(raw);
-  auto& sScratch = *reinterpret_cast<CoreTile<kChunk, kChunk>*>(smem.phi.bytes);
   const Place place(a);
   const Segment seg = segment_of(a, place.slot);
   if (!seg.exists || seg.begin == seg.end) return;
   const int head = place.head, first_v = place.tile * kTileV;
-  const int valid = min(kTileV, a.head_dim - first_v);
-  const int chunks = int((seg.end - seg.begin + kChunk - 1) / kChunk);
-  const int slice = warpgroup_index<Tr>(), warp = threadIdx.x / 32;
+  const int valid = min(kTileV, a.head_dim - first_v), length = int(seg.end - seg.begin);
+  const int group = warpgroup_index(), warp = threadIdx.x / 32;
+  Element* sScratch = smem.scratch[warp];
 
   prefetch_chunk(smem, a, seg, place, 0);
   prepare_tiles(smem);
   StateSlice<Tr> state;
-  Moments<Tr> moments;
+  FeatureSums<Tr> sums;
   state.clear();
   const float* prefix = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
   if (!seg.first) state.load(prefix);
@@ -425,151 +397,110 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
   load_k_state<Tr>(smem.z, seg.first ? nullptr : prefix + Tr::kF * kTileV, a.initial, seg.sequence,
                    head, a.scale, 1.0f);
 
-  float done = 0;
-  for (int i = 0; i < chunks; ++i) {
-    const int stage = i % Tr::kBackwardStages;
+  for (int done = 0; done < length; done += kChunk) {
+    const int stage = done / kChunk % Tr::kBackwardStages;
     auto &sQ = smem.q[stage], &sK = smem.k[stage];
-    auto& sV = smem.v[stage];
-    const int64_t t = seg.begin + int64_t(i) * kChunk;
-    const int n = int(min(int64_t(kChunk), seg.end - t));
+    ValueTile &sV = smem.v[stage], &sU = smem.u[stage];
+    const int64_t t = seg.begin + done;
+    const int n = length - done;
     cp_async_wait<0>();
     __syncthreads();
-    if (Tr::kBackwardStages > 1 && i + 1 < chunks) prefetch_chunk(smem, a, seg, place, i + 1);
+    if (n < kChunk) store_ones<Element>(sV, n);
+    if (Tr::kBackwardStages > 1 && n > kChunk) prefetch_chunk(smem, a, seg, place, done + kChunk);
 
-    const float tokens = tokens_seen(a, seg, head, int64_t(i) * kChunk);
+    const float tokens = tokens_seen(a, seg, head, done);
     const float unit = operand_unit<Tr>(tokens), gradient = gradient_unit<Tr>(a, tokens);
-    store_features<Tr>(smem.phi, sK);
     state.publish(smem.state, a.scale, unit);
-    const auto publish_z = [&](int f, float z) {
+    store_features<Tr>(smem.phi, sK, 0);
+    sums.for_each([&](int f, float z) {
       const float value = (smem.z[f] + z) * feature_coefficient<Tr>(f, a.scale) * unit;
       store_row<Tr>(smem.state, kTileV, f, value);
       store_row<Tr>(smem.state, kTileV + 1, f, value);  // delta's second part reads it again
-    };
-    moments.for_each(publish_z);
-    if (threadIdx.x == 0) publish_z(Tr::kConstant, done);
+    });
     TokenRows<Tr> rows;
-    rows.load(sQ, warp % 4 * 16, smem.transposed[warp]);
+    rows.load(sQ, warp * 16, smem.transposed[warp]);
     mma_publish();
     __syncthreads();
 
-    float scores[kChunk / 2];
+    // u and, behind it, delta of the warpgroup's rows, as A fragments times `gradient`.
     uint32_t u[kGradientRows / 16][4];
-#pragma unroll
-    for (int k = 0; k < kTileV / 16; ++k) load_a(u[k], smem.u[stage], warp % 4 * 16, 2 * k);
+    float delta[2];
     {
       float out[kExtended / 2];
-      mma_begin(scores);
-      if (slice == 0) multiply_scores<Tr>(scores, rows, sK);
-      mma_commit();
-      moments.template update<false>(sK, nullptr);
-      done += float(n);
-      mma_wait<0>(scores);
-      mma_begin(state.sum);
-      state.update(sV, smem.phi);
-      mma_commit();
-      mma_begin(out);
-      if (slice == 0) {
-        uint32_t w[kChunk / 16][4];
-        weights<Tr, false>(w, scores, a.scale, unit);
-#pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k) {
-          mma_AB<Element, kExtended>(out, w[k], sV, 16 * k, 0, k > 0);
-        }
+      outputs<Tr>(out, rows, sK, sV, smem.state, a.scale, unit,
+                  [&] { update_state<Tr>(state, sums, sV, smem.phi, sK); });
+      mma_wait<0>(state.sum);
+      __syncthreads();  // all products are done: phi is free
+      if (any_not_finite(out)) {
+        outputs_one_by_one<Tr>(out, rows, sK, sV, smem.state, a.scale, unit, sScratch);
       }
-      read_state<Tr, kExtended>(out, rows, smem.state, slice == 0);
-      mma_commit();
-      mma_wait<0>(state.sum, out);
-      add_slices<Tr>(out, reinterpret_cast<float*>(smem.phi.bytes));
-      // NaN among later values of v: as in the forward kernel.
-      if (__syncthreads_or(slice == 0 && any_not_finite(out))) {
-        read_state<Tr, kExtended, false>(out, rows, smem.state, false);
-        add_slices<Tr>(out, reinterpret_cast<float*>(smem.phi.bytes));
-        __syncthreads();
-        if (slice == 0) {
-          uint32_t w[kChunk / 16][4];
-          weights<Tr, false>(w, scores, a.scale, unit);
-          add_visible_values<Tr>(out, w, sV, sScratch);
-        }
-        __syncthreads();
-      }
-      if (slice == 0) {  // 1 / den, u and delta of this warp's rows
-        const int quad = threadIdx.x % 32 / 4 * 4;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = score_row(2 * half);
-          const float den = __shfl_sync(0xffffffffu, out[kTileV / 2 + 2 * half], quad);
-          const float inverse = row >= n ? 0.0f : a.normalize ? 1.0f / den : 1.0f;
-          float dot = 0;
+      for (int k = 0; k < kTileV / 16; ++k) load_a(u[k], sU, warp * 16, 2 * k);
+      const int quad = threadIdx.x % 32 / 4 * 4;  // its first lane has the denominators
 #pragma unroll
-          for (int b = 0; b < kTileV / 8; ++b) {
-            const float2 d = unpack<Element>(u[b / 2][b % 2 * 2 + half]);
-            const float factor = inverse * unit * gradient;
-            const float2 rounded = unpack<Element>(pack<Element>(d.x * factor, d.y * factor));
-            dot = fmaf(rounded.x, out[4 * b + 2 * half], dot);
-            dot = fmaf(rounded.y, out[4 * b + 2 * half + 1], dot);
-          }
-          dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-          dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-          if (threadIdx.x % 4 == 0) {  // out and den carry unit, u does not
-            smem.inverse[row] = a.normalize ? inverse * unit * gradient : inverse;
-            smem.delta[row] = a.normalize ? -dot * inverse : 0.0f;
-            if (row < n && a.normalize) {
-              const int64_t index = token_index(a, seg, place.tile, head, t + row);
-              a.inverse_den[index] = inverse * unit;
-              a.delta[index] = -dot * inverse / gradient;
-            }
-          }
+      for (int half = 0; half < 2; ++half) {
+        const int row = group * kRows + acc_row(2 * half);
+        const float den = __shfl_sync(0xffffffffu, out[kTileV / 2 + 2 * half], quad);
+        const float inverse = row < n ? 1.0f / den : 0.0f;  // den and out carry unit
+        const float factor = a.normalize ? inverse * unit * gradient : float(row < n);
+        float dot = 0;
+#pragma unroll
+        for (int b = 0; b < kTileV / 8; ++b) {
+          uint32_t& word = u[b / 2][b % 2 * 2 + half];
+          const float2 d = unpack<Element>(word);
+          word = pack<Element>(d.x * factor, d.y * factor);
+          const float2 rounded = unpack<Element>(word);
+          dot = fmaf(rounded.x, out[4 * b + 2 * half], dot);
+          dot = fmaf(rounded.y, out[4 * b + 2 * half + 1], dot);
         }
+        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+        delta[half] = a.normalize && row < n ? -dot * inverse : 0.0f;
+        if (threadIdx.x % 4 == 0 && row < n && a.normalize) {
+          const int64_t index = token_index(a, seg, place.tile, head, t + row);
+          a.inverse_den[index] = inverse * unit;
+          a.delta[index] = delta[half] / gradient;
+        }
+        u[kTileV / 16][half] = threadIdx.x % 4 == 0 ? two_parts<Element>(delta[half]) : 0;
+        u[kTileV / 16][2 + half] = 0;
       }
     }
-    __syncthreads();
 
-    float row_delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float inverse = smem.inverse[score_row(2 * half)];
-      row_delta[half] = smem.delta[score_row(2 * half)];
-#pragma unroll
-      for (int b = 0; b < kTileV / 8; ++b) {
-        uint32_t& word = u[b / 2][b % 2 * 2 + half];
-        const float2 d = unpack<Element>(word);
-        word = pack<Element>(d.x * inverse, d.y * inverse);
-      }
-      u[kTileV / 16][half] = threadIdx.x % 4 == 0 ? two_parts<Element>(row_delta[half]) : 0;
-      u[kTileV / 16][2 + half] = 0;
-    }
     float dq[Tr::D / 2] = {};
-    uint32_t ds[kChunk / 16][4];
-    if (slice == 0) {
-      float dw[kChunk / 2];
-      mma_begin(dw);
+    const auto row_delta = [&](int, int e) { return delta[e / 2]; };
+    static_for<0, kRows / kPairs>([&](auto part) {
+      constexpr int kPart = decltype(part)::value;
+      float scores[kPairs / 2], dw[kPairs / 2];
+      uint32_t ds[kPairs / 16][4];
+      const int first = group * kRows + kPart * kPairs;
+      multiply_pairs<Tr>(scores, dw, rows, sK, u, sV, first);
+      score_gradients<Tr, Visible::kLower, kPart>(ds, scores, dw, row_delta, a.scale, unit);
+      float before[Tr::D / 2];
 #pragma unroll
-      for (int k = 0; k < kTileV / 16; ++k) {
-        mma_ABt<Element, kChunk>(dw, u[k], sV, 0, 2 * k, k > 0);
-      }
-      mma_commit();
-      mma_wait<0>(dw);
-      score_gradients<Tr, false>(ds, scores, dw, row_delta, nullptr, a.scale, unit);
-      multiply_rows<Tr>(dq, ds, sK);
-    }
-    const bool not_finite = any_not_finite(dq);
-    if (__syncthreads_or(slice == 0 && not_finite)) {
-      if (slice == 0) {
+      for (int j = 0; j < Tr::D / 2; ++j) before[j] = dq[j];
+      multiply_rows<Tr>(dq, ds, sK, first);
+      if (any_not_finite(dq)) {
 #pragma unroll
-        for (int j = 0; j < Tr::D / 2; ++j) dq[j] = 0;
-        multiply_visible_rows<Tr>(dq, ds, sK, sScratch);
+        for (int j = 0; j < Tr::D / 2; ++j) dq[j] = before[j];
+        add_visible<Element, Tr::D, kPart>(dq, ds, sK, first, sScratch);
       }
-      __syncthreads();
+    });
+    if (group == 1) {  // the other warpgroup's tokens, all of them earlier
+#pragma unroll 1
+      for (int first = 0; first < kRows; first += kPairs) {
+        float scores[kPairs / 2], dw[kPairs / 2];
+        uint32_t ds[kPairs / 16][4];
+        multiply_pairs<Tr>(scores, dw, rows, sK, u, sV, first);
+        score_gradients<Tr, Visible::kAll, 0>(ds, scores, dw, row_delta, a.scale, unit);
+        multiply_rows<Tr>(dq, ds, sK, first);
+      }
     }
     add_state_gradient<Tr>(dq, u, smem.state, rows);
-    add_slices<Tr>(dq, reinterpret_cast<float*>(smem.phi.bytes));
-    if (slice == 0) {
-      store_gradient<Tr>(a.dq, a.partial_dq, a, seg, place.tile, head, t, n, dq,
-                         1.0f / (unit * gradient));
-    }
-    if (Tr::kBackwardStages == 1 && i + 1 < chunks) {
+    store_gradient<Tr>(a.dq, a.partial_dq, a, seg, place.tile, head, t, n, dq,
+                       1.0f / (unit * gradient));
+    if (Tr::kBackwardStages == 1 && n > kChunk) {
       __syncthreads();
-      prefetch_chunk(smem, a, seg, place, i + 1);
+      prefetch_chunk(smem, a, seg, place, done + kChunk);
     }
   }
 }
@@ -577,8 +508,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
 // ---- dk, dv ------------------------------------------------------------------------------------
 
 template <class Tr>
-__global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
-    dkv_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1) dkv_kernel(const __grid_constant__ Arguments a) {
   using Element = typename Tr::Element;
   extern __shared__ __align__(128) char raw[];
   auto& smem = *reinterpret_cast<BackwardSmem<Tr>*>(raw);
@@ -586,15 +516,15 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
   const Segment seg = segment_of(a, place.slot);
   if (!seg.exists) return;
   const int head = place.head, first_v = place.tile * kTileV;
-  const int valid = min(kTileV, a.head_dim - first_v);
-  const int chunks = int((seg.end - seg.begin + kChunk - 1) / kChunk);
-  const int slice = warpgroup_index<Tr>(), warp = threadIdx.x / 32;
+  const int valid = min(kTileV, a.head_dim - first_v), length = int(seg.end - seg.begin);
+  const int group = warpgroup_index(), warp = threadIdx.x / 32;
+  const int last = length > 0 ? (length - 1) / kChunk * kChunk : 0;
 
-  if (chunks > 0) prefetch_chunk(smem, a, seg, place, chunks - 1);
+  if (length > 0) prefetch_chunk(smem, a, seg, place, last);
   prepare_tiles(smem);
-  float unit_u = gradient_unit<Tr>(a, tokens_seen(a, seg, head, int64_t(chunks - 1) * kChunk));
+  float unit_u = gradient_unit<Tr>(a, tokens_seen(a, seg, head, last));
   StateSlice<Tr> state;
-  Moments<Tr> moments;
+  FeatureSums<Tr> sums;
   state.clear();
   const float* suffix = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
   if (!seg.last) state.load(suffix);
@@ -606,117 +536,122 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
   // first.
   load_k_state<Tr>(smem.z, seg.last ? nullptr : suffix + Tr::kF * kTileV,
                    place.tile == 0 ? a.final : State{}, seg.sequence, head, a.scale, unit_u);
-  float constant = 0;
 
-  for (int i = chunks - 1; i >= 0; --i) {
-    const int stage = i % Tr::kBackwardStages;
+  float2 scalars = load_scalars(a, seg, place.tile, head, seg.begin + last, length - last);
+  for (int done = last; done >= 0 && length > 0; done -= kChunk) {
+    const int stage = done / kChunk % Tr::kBackwardStages;
     auto &sQ = smem.q[stage], &sK = smem.k[stage];
-    auto& sV = smem.v[stage];
-    auto& sU = smem.u[stage];
-    const int64_t t = seg.begin + int64_t(i) * kChunk;
-    const int n = int(min(int64_t(kChunk), seg.end - t));
-    const float tokens = tokens_seen(a, seg, head, int64_t(i) * kChunk);
+    ValueTile &sV = smem.v[stage], &sU = smem.u[stage];
+    const int64_t t = seg.begin + done;
+    const int n = length - done;
+    const float tokens = tokens_seen(a, seg, head, done);
     const float unit = operand_unit<Tr>(tokens), gradient = gradient_unit<Tr>(a, tokens);
     cp_async_wait<0>();
     __syncthreads();
+    if (Tr::kBackwardStages > 1 && done > 0) prefetch_chunk(smem, a, seg, place, done - kChunk);
     if (Tr::kHalf && gradient != unit_u) {
       const float factor = gradient / unit_u;
-      state.scale(factor), moments.scale(factor), constant *= factor;
-      for (int f = threadIdx.x; f < Tr::kF; f += Tr::kThreads) smem.z[f] *= factor;
+      state.scale(factor), sums.scale(factor);
+      for (int f = threadIdx.x; f < Tr::kF; f += kThreads) smem.z[f] *= factor;
       unit_u = gradient;
+      __syncthreads();
     }
-    load_scalars<Tr>(smem.inverse, smem.delta, a, seg, place.tile, head, t, n, gradient);
-    __syncthreads();
-    if (Tr::kBackwardStages > 1 && i > 0) prefetch_chunk(smem, a, seg, place, i - 1);
-    scale_rows<Tr>(sU, smem.inverse);
-    store_features<Tr>(smem.phi, sQ);
+    scale_gradients<Tr>(sU, smem.delta, scalars, gradient);
+    if (done > 0) scalars = load_scalars(a, seg, place.tile, head, t - kChunk, kChunk);
+    store_features<Tr>(smem.phi, sQ, 0);
     state.publish(smem.state, a.scale, unit);
-    const auto publish_r = [&](int f, float r) {
+    sums.for_each([&](int f, float r) {
       const float value = (smem.z[f] + r) * feature_coefficient<Tr>(f, a.scale) * unit;
       const float high = to_float(from_float<Element>(value));
       store_row<Tr>(smem.state, kTileV, f, high);
       store_row<Tr>(smem.state, kTileV + 1, f, value - high);
-    };
-    moments.for_each(publish_r);
-    if (threadIdx.x == 0) publish_r(Tr::kConstant, constant);
+    });
     TokenRows<Tr> rows;
-    rows.load(sK, warp % 4 * 16, smem.transposed[warp]);
+    rows.load(sK, warp * 16, smem.transposed[warp]);
     mma_publish();
     __syncthreads();
 
-    float scores[kChunk / 2], dk[Tr::D / 2] = {};
-    mma_begin(scores);
-    if (slice == 0) multiply_scores<Tr>(scores, rows, sQ);
-    mma_commit();
-    moments.template update<true>(sQ, smem.delta);
-    constant += sum_chunk(smem.delta);
-    mma_wait<0>(scores);
-    mma_begin(state.sum);
-    state.update(sU, smem.phi);
-    mma_commit();
-    {
-      float dv[kTileV / 2];
-      mma_begin(dv);
-      if (slice == 0) {
-        uint32_t w[kChunk / 16][4];
-        weights<Tr, true>(w, scores, a.scale, unit);
+    // dv, rows are keys; the queries that see all of warpgroup 0's keys are the other's.
+    float dv[kTileV / 2];
 #pragma unroll
-        for (int k = 0; k < kChunk / 16; ++k) {
-          mma_AB<Element, kTileV>(dv, w[k], sU, 16 * k, 0, k > 0);
-        }
-      }
-      read_state<Tr, kTileV>(dv, rows, smem.state, slice == 0);
+    for (float& x : dv) x = 0;
+    const auto add_values = [&](auto visible, auto part, int first) {
+      float scores[kPairs / 2];
+      uint32_t w[kPairs / 16][4];
+      mma_begin(scores);
+      multiply_scores<Tr>(scores, rows, sQ, first);
       mma_commit();
-      mma_wait<0>(state.sum, dv);
-      add_slices<Tr>(dv, reinterpret_cast<float*>(smem.phi.bytes));
-      // y = v and, for r in two parts, two ones.
-      uint32_t y[kGradientRows / 16][4];
+      mma_wait<0>(scores, dv);
+      weights<Tr, decltype(visible)::value, decltype(part)::value>(w, scores, a.scale, unit);
+      mma_begin(dv);
 #pragma unroll
-      for (int k = 0; k < kTileV / 16; ++k) load_a(y[k], sV, warp % 4 * 16, 2 * k);
-      const uint32_t ones = threadIdx.x % 4 == 0 ? one<Element>() * 0x10001u : 0;
-      y[kTileV / 16][0] = y[kTileV / 16][1] = ones;
-      y[kTileV / 16][2] = y[kTileV / 16][3] = 0;
-      if (Tr::kSlices > 1)
-        __syncthreads();  // every slice has its rows of v: they can be overwritten
-      if (slice == 0) {
-        const float factor = 1.0f / (unit * gradient);
-        __syncwarp();
-#pragma unroll
-        for (int b = 0; b < kTileV / 8; ++b) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            *reinterpret_cast<uint32_t*>(sV.at(score_row(2 * half), b) + threadIdx.x % 4 * 4) =
-                pack<Element>(dv[4 * b + 2 * half] * factor, dv[4 * b + 2 * half + 1] * factor);
-          }
-        }
+      for (int k = 0; k < kPairs / 16; ++k) {
+        mma_AB<Element, kTileV>(dv, w[k], sU, first + 16 * k, 0);
       }
-      if (slice == 0) {
-        float dw[kChunk / 2];
-        uint32_t ds[kChunk / 16][4];
-        mma_begin(dw);
-#pragma unroll
-        for (int k = 0; k < kTileV / 16; ++k) {
-          mma_ABt<Element, kChunk>(dw, y[k], sU, 0, 2 * k, k > 0);
-        }
-        mma_commit();
-        __syncwarp();
-        store_strip<kTileV / 8, Element>(a.dv, seg.batch, t, n, head, first_v, valid / 8, sV,
-                                         warp * 16);
-        mma_wait<0>(dw);
-        const float unused[2] = {};
-        score_gradients<Tr, true>(ds, scores, dw, unused, smem.delta, a.scale, unit);
-        multiply_rows<Tr>(dk, ds, sQ);
+      mma_commit();
+    };
+    constexpr std::integral_constant<Visible, Visible::kAll> kAll{};
+    constexpr std::integral_constant<Visible, Visible::kUpper> kUpper{};
+    if (group == 0) {
+#pragma unroll 1
+      for (int first = kRows; first < kChunk; first += kPairs) {
+        add_values(kAll, std::integral_constant<int, 0>{}, first);
       }
-      add_state_gradient<Tr>(dk, y, smem.state, rows);
+      mma_wait<0>(dv);
     }
-    add_slices<Tr>(dk, reinterpret_cast<float*>(smem.phi.bytes));
-    if (slice == 0) {
-      store_gradient<Tr>(a.dk, a.partial_dk, a, seg, place.tile, head, t, n, dk,
-                         1.0f / (unit * gradient));
+    static_for<0, kRows / kPairs>([&](auto part) {
+      add_values(kUpper, part, group * kRows + decltype(part)::value * kPairs);
+    });
+    update_state<Tr>(state, sums, sU, smem.phi, sQ);
+    read_state<Tr, kTileV>(dv, rows, smem.state, true);
+    mma_commit();
+    mma_wait<0>(state.sum, dv);
+
+    // y = v and, for r in two parts, two ones. Then the rows of v make room for those of dv.
+    uint32_t y[kGradientRows / 16][4];
+#pragma unroll
+    for (int k = 0; k < kTileV / 16; ++k) load_a(y[k], sV, warp * 16, 2 * k);
+    y[kTileV / 16][0] = y[kTileV / 16][1] = threadIdx.x % 4 == 0 ? one<Element>() * 0x10001u : 0;
+    y[kTileV / 16][2] = y[kTileV / 16][3] = 0;
+    __syncwarp();
+    const float factor = 1.0f / (unit * gradient);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      char* row = sV.at(group * kRows + acc_row(2 * half), 0) + threadIdx.x % 4 * 4;
+#pragma unroll
+      for (int b = 0; b < kTileV / 8; ++b) {
+        *reinterpret_cast<uint32_t*>(row + b * ValueTile::kColStride) =
+            pack<Element>(dv[4 * b + 2 * half] * factor, dv[4 * b + 2 * half + 1] * factor);
+      }
     }
-    if (Tr::kBackwardStages == 1 && i > 0) {
+    __syncwarp();
+    store_strip<kTileV / 8, Element>(a.dv, seg.batch, t, n, head, first_v, valid / 8, sV,
+                                     warp * 16);
+
+    float dk[Tr::D / 2] = {};
+    const auto add_keys = [&](auto visible, auto part, int first) {
+      float scores[kPairs / 2], dw[kPairs / 2];
+      uint32_t ds[kPairs / 16][4];
+      multiply_pairs<Tr>(scores, dw, rows, sQ, y, sU, first);
+      const float* delta = smem.delta + first;
+      score_gradients<Tr, decltype(visible)::value, decltype(part)::value>(
+          ds, scores, dw, [&](int i, int e) { return delta[8 * i + acc_column(e)]; }, a.scale,
+          unit);
+      multiply_rows<Tr>(dk, ds, sQ, first);
+    };
+    if (group == 0) {
+#pragma unroll 1
+      for (int first = kRows; first < kChunk; first += kPairs) {
+        add_keys(kAll, std::integral_constant<int, 0>{}, first);
+      }
+    }
+    static_for<0, kRows / kPairs>(
+        [&](auto part) { add_keys(kUpper, part, group * kRows + decltype(part)::value * kPairs); });
+    add_state_gradient<Tr>(dk, y, smem.state, rows);
+    store_gradient<Tr>(a.dk, a.partial_dk, a, seg, place.tile, head, t, n, dk, factor);
+    if (Tr::kBackwardStages == 1 && done > 0) {
       __syncthreads();
-      prefetch_chunk(smem, a, seg, place, i - 1);
+      prefetch_chunk(smem, a, seg, place, done - kChunk);
     }
   }
 
@@ -724,12 +659,10 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kBackwardCtas)
     state.store_public(a.dinitial, seg.sequence, head, first_v, valid, a.scale, 1 / unit_u);
     float* gR = a.partial_r + (seg.sequence * a.heads + head) * a.tiles * int64_t(Tr::kF) +
                 place.tile * Tr::kF;
-    const auto store_r = [&](int f, float r) {
-      gR[public_row<Tr>(f)] = (smem.z[f] + r) / unit_u * sqrtf(feature_coefficient<Tr>(f, a.scale));
-    };
     __syncthreads();
-    moments.for_each(store_r);
-    if (threadIdx.x == 0) store_r(Tr::kConstant, constant);
+    sums.for_each([&](int f, float r) {
+      gR[public_row<Tr>(f)] = (smem.z[f] + r) / unit_u * sqrtf(feature_coefficient<Tr>(f, a.scale));
+    });
   }
 }
 

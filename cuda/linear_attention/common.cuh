@@ -108,18 +108,21 @@ struct Place {
   }
 };
 
-// Tokens [t, t + n) of a head into rows 0 ... n-1 of a tile, zeros below; `blocks` times 8 columns,
-// of which `valid` exist.
-template <int kThreads, class Element, class Tile>
+// Tokens [t, t + n) of a head into rows 0 ... n-1 of a (kChunk, .) tile, zeros below; kBlocks times
+// 8 columns, of which `valid` exist.
+template <int kBlocks, class Element, class Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const Rows& rows, int64_t batch, int64_t t,
-                                          int n, int head, int first_column, int blocks,
-                                          int valid) {
-  const Element* base = rows.at<Element>(batch, t, head) + first_column;
-  for (int p = threadIdx.x; p < kChunk * blocks; p += kThreads) {
-    const int row = p / blocks, block = p % blocks;
-    const bool exists = row < n && block < valid;
-    cp_async_16(tile.address(row, block), base + (exists ? row * rows.token + 8 * block : 0),
-                exists);
+                                          int n, int head, int first_column, int valid) {
+  constexpr int kStep = kThreads / kBlocks;  // rows a pass
+  const int row = threadIdx.x / kBlocks, block = threadIdx.x % kBlocks;
+  const Element* start = rows.at<Element>(batch, t, head) + first_column;
+  const Element* from = start + row * rows.token + 8 * block;
+  const uint32_t to = tile.address(row, block);
+#pragma unroll
+  for (int pass = 0; pass < (kChunk + kStep - 1) / kStep; ++pass, from += kStep * rows.token) {
+    if (kChunk % kStep != 0 && (row >= kStep || row + pass * kStep >= kChunk)) break;
+    const bool exists = row + pass * kStep < n && block < valid;
+    cp_async_16(to + pass * kStep * 16, exists ? from : start, exists);
   }
 }
 

@@ -15,17 +15,17 @@ __device__ __forceinline__ void static_for(const Fn& fn) {
   }
 }
 
-// sPhi (64 tokens, kF) = phi(sX (64 tokens, D)). Two threads a slice share a token: each computes a
-// range of groups, 8 features and one 16-byte store at a time.
+// sPhi (kPhiTokens, kF) = phi of rows `first` ... of sX (kChunk, D). Some threads share a token:
+// each computes a range of groups, 8 features and one 16-byte store at a time.
 template <class Tr, class PhiTile, class XTile>
-__device__ __forceinline__ void store_features(PhiTile& sPhi, const XTile& sX) {
+__device__ __forceinline__ void store_features(PhiTile& sPhi, const XTile& sX, int first) {
   using Element = typename Tr::Element;
-  constexpr int D = Tr::D, kParts = 2 * Tr::kSlices, kPairs = D / 2;
-  const int token = threadIdx.x % kChunk, part = threadIdx.x / kChunk;
+  constexpr int D = Tr::D, kTokens = Tr::kPhiTokens, kParts = kThreads / kTokens, kPairs = D / 2;
+  const int token = threadIdx.x % kTokens, part = threadIdx.x / kTokens;
   uint32_t even[kPairs], odd[kPairs];  // (x_2m, x_2m+1) and (x_2m+1, x_2m+2)
 #pragma unroll
   for (int block = 0; block < D / 8; ++block) {
-    const uint4 x = *reinterpret_cast<const uint4*>(sX.at(token, block));
+    const uint4 x = *reinterpret_cast<const uint4*>(sX.at(first + token, block));
     even[4 * block] = x.x, even[4 * block + 1] = x.y;
     even[4 * block + 2] = x.z, even[4 * block + 3] = x.w;
   }

@@ -165,10 +165,10 @@ Status launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int
 }
 
 template <class Tr, bool kReverse>
-Status launch_scan(const char* op, const Arguments& a, int64_t state_floats, Stream stream) {
-  const int64_t blocks = (state_floats + 255) / 256;
+Status launch_scan(const char* op, const Arguments& a, Stream stream) {
+  const int quads = int(kStateFloats<Tr> / 4), blocks = (quads + 255) / 256;
   return launch(op, scan_kernel<kReverse>, a.sequences * a.heads * a.tiles * blocks, 256, 0, stream,
-                a, state_floats, static_cast<int>(blocks));
+                a, quads, blocks);
 }
 
 }  // namespace based::cuda::linear

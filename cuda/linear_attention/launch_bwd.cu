@@ -26,7 +26,7 @@ Arguments arguments_of(const LinearAttentionBackwardParams& p) {
   const int64_t budget = tokens * (2 * (2 * p.q.size[3] + p.v.size[3]) / 4 - 8 * tiles);
   const int64_t one_cut = tasks * kStateFloats<Tr> * int64_t(sizeof(float));
   const int64_t most = std::max(budget / one_cut, (2 * sms + tasks - 1) / tasks);
-  set_segments(a, p, sms * Tr::kBackwardCtas, 0.25, std::min<int64_t>(most, 128));
+  set_segments(a, p, sms, 0.25, std::min<int64_t>(most, 128));
   a.q = rows_of(p.q), a.k = rows_of(p.k), a.v = rows_of(p.v), a.dout = rows_of(p.dout);
   a.dq = rows_of(p.dq), a.dk = rows_of(p.dk), a.dv = rows_of(p.dv);
   a.initial = state_of(p.initial_kv_state, p.initial_k_state);
@@ -55,7 +55,6 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
   a.partial_r = partial + 2 * layout.gradient;
 
   const int64_t blocks = a.segments * a.heads * a.tiles;
-  const int threads = Tr::kThreads;
   const bool cut = is_cut(a);
   Status status;
   const auto then = [&](const auto& next) {
@@ -63,23 +62,23 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
   };
   if (cut) {
     then([&] {
-      return launch(op, increment_kernel<Tr>, blocks, threads, sizeof(IncrementSmem<Tr>), stream,
+      return launch(op, increment_kernel<Tr>, blocks, kThreads, sizeof(IncrementSmem<Tr>), stream,
                     a);
     });
-    then([&] { return launch_scan<Tr, false>(op, a, kStateFloats<Tr>, stream); });
+    then([&] { return launch_scan<Tr, false>(op, a, stream); });
   }
   then([&] {
-    return launch(op, dq_kernel<Tr>, blocks, threads, sizeof(BackwardSmem<Tr>), stream, a);
+    return launch(op, dq_kernel<Tr>, blocks, kThreads, sizeof(BackwardSmem<Tr>), stream, a);
   });
   if (cut) {
     then([&] {
-      return launch(op, gradient_increment_kernel<Tr>, blocks, threads,
+      return launch(op, gradient_increment_kernel<Tr>, blocks, kThreads,
                     sizeof(GradientIncrementSmem<Tr>), stream, a);
     });
-    then([&] { return launch_scan<Tr, true>(op, a, kStateFloats<Tr>, stream); });
+    then([&] { return launch_scan<Tr, true>(op, a, stream); });
   }
   then([&] {
-    return launch(op, dkv_kernel<Tr>, blocks, threads, sizeof(BackwardSmem<Tr>), stream, a);
+    return launch(op, dkv_kernel<Tr>, blocks, kThreads, sizeof(BackwardSmem<Tr>), stream, a);
   });
   if (a.tiles > 1) {
     const int64_t pairs = p.q.size[0] * p.q.size[1] * p.q.size[2] * Tr::D / 2;

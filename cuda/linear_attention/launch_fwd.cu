@@ -9,9 +9,9 @@ using namespace linear;
 
 // The cut of a call; its workspace holds a state for every (slot, head, tile) unless no sequence is
 // cut.
-Arguments arguments_of(const LinearAttentionParams& p, int64_t ctas) {
+Arguments arguments_of(const LinearAttentionParams& p) {
   Arguments a{};
-  set_segments(a, p, multiprocessors() * ctas, 0.5, 64);
+  set_segments(a, p, multiprocessors(), 0.5, 64);
   a.q = rows_of(p.q), a.k = rows_of(p.k), a.v = rows_of(p.v), a.out = rows_of(p.out);
   a.initial = state_of(p.initial_kv_state, p.initial_k_state);
   a.final = state_of(p.final_kv_state, p.final_k_state);
@@ -20,24 +20,23 @@ Arguments arguments_of(const LinearAttentionParams& p, int64_t ctas) {
 
 template <class Tr>
 int64_t workspace_bytes(const LinearAttentionParams& p) {
-  const Arguments a = arguments_of(p, Tr::kForwardCtas);
+  const Arguments a = arguments_of(p);
   return is_cut(a) ? a.segments * a.heads * a.tiles * kStateFloats<Tr> * int64_t(sizeof(float)) : 0;
 }
 
 template <class Tr>
 Status run(const char* op, const LinearAttentionParams& p, void* workspace, Stream stream) {
-  Arguments a = arguments_of(p, Tr::kForwardCtas);
+  Arguments a = arguments_of(p);
   a.workspace = static_cast<float*>(workspace);
   const int64_t blocks = a.segments * a.heads * a.tiles;
   Status status;
   if (is_cut(a)) {
-    status = launch(op, increment_kernel<Tr>, blocks, Tr::kThreads, sizeof(IncrementSmem<Tr>),
-                    stream, a);
-    if (status.ok()) status = launch_scan<Tr, false>(op, a, kStateFloats<Tr>, stream);
+    status =
+        launch(op, increment_kernel<Tr>, blocks, kThreads, sizeof(IncrementSmem<Tr>), stream, a);
+    if (status.ok()) status = launch_scan<Tr, false>(op, a, stream);
   }
   if (status.ok()) {
-    status =
-        launch(op, forward_kernel<Tr>, blocks, Tr::kThreads, sizeof(ForwardSmem<Tr>), stream, a);
+    status = launch(op, forward_kernel<Tr>, blocks, kThreads, sizeof(ForwardSmem<Tr>), stream, a);
   }
   return status;
 }

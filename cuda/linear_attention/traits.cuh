@@ -14,10 +14,11 @@
 
 namespace based::cuda::linear {
 
-constexpr int kChunk = 64;     // tokens that share a state: rows of one warpgroup's product
+constexpr int kRows = 64;    // rows of a warpgroup's product: its queries, or keys, of a chunk
+constexpr int kChunk = 128;  // tokens that share a state: two warpgroups' rows
+constexpr int kThreads = 256;
 constexpr int kTileV = 64;     // columns of v that a CTA handles; wider heads are split
 constexpr int kExtended = 72;  // kTileV and 8 columns more, of which the first is the denominator's
-constexpr int kWarpgroup = 128;
 
 template <class Element_, int D_>
 struct Traits {
@@ -26,17 +27,15 @@ struct Traits {
   static constexpr int kConstant = int(expanded_dim(D)) - 1;  // the constant's place
   static constexpr int kF = (kConstant + 16) / 16 * 16;
   static constexpr int kGroups = kF / 8;
-  // A warpgroup holds the state of one slice of the features in registers.
-  static constexpr int kSlices = D <= 16 ? 1 : D <= 24 ? 3 : 4;
-  static constexpr int kSliceF = kF / kSlices, kSliceGroups = kSliceF / 8;
-  static constexpr int kThreads = kSlices * kWarpgroup;
+  // Each warpgroup holds the state of one half of the features in registers.
+  static constexpr int kSliceF = kF / 2, kSliceGroups = kSliceF / 8;
+  static constexpr int kUpdateN = D == 32 ? kSliceF / 2 : kSliceF;  // features of one product
+  static constexpr int kPhiTokens = D == 32 ? 32 : 128;  // tokens whose phi is kept at once
   static constexpr bool kHalf = std::is_same_v<Element, __half>;
-  static constexpr int kForwardCtas = D <= 16 ? 2 : 1;  // CTAs an SM should hold
-  static constexpr int kBackwardCtas = D <= 16 ? 2 : 1;
-  static constexpr int kBackwardStages = D <= 24 ? 2 : 1;  // chunks in shared memory
-  static constexpr int kGradientN = D == 32 ? 48 : kSliceF / (D == 16 ? 2 : 1);  // dphi at once
-  static_assert(D % 8 == 0 && kF % (16 * kSlices) == 0 && kSliceF % 16 == 0);
-  static_assert(kGroups % (2 * kSlices) == 0);
+  static constexpr int kIncrementStages = 4;
+  static constexpr int kBackwardStages = D <= 16 ? 2 : 1;  // chunks in shared memory
+  static constexpr int kGradientN = D == 16 ? 80 : 48;  // features whose gradient is kept at once
+  static_assert(D % 8 == 0 && kF % 16 == 0 && kGroups % (kThreads / kPhiTokens) == 0);
 };
 
 // What 8 neighbouring features are.

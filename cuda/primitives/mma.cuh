@@ -124,14 +124,22 @@ __device__ __forceinline__ void mma_publish() {
   if constexpr (kHasWgmma) asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
+// The operand at tile[row ...][8 block ...], as the tile's own plus an offset, which is mostly a
+// constant.
+template <int kAlongK, int kAlongMn, class Tile>
+__device__ __forceinline__ uint64_t wgmma_tile(const Tile& tile, int row, int block) {
+  return wgmma_descriptor(tile.address(0, 0), kAlongK, kAlongMn) +
+         uint32_t(block * Tile::kColStride + row * 16) / 16;
+}
+
 // d (64, N) (+)= A (64, 16) tile[k ... k+15][8 block ... 8 block + N-1].
-template <class Element, int N, class Tile>
+// kAsync false takes mma.sync everywhere, for branches that wgmma cannot stand in.
+template <class Element, int N, bool kAsync = kHasWgmma, class Tile>
 __device__ __forceinline__ void mma_AB(float (&d)[N / 2], const uint32_t (&a)[4], const Tile& tile,
                                        int k, int block, bool accumulate = true) {
-  if constexpr (kHasWgmma) {
-    wgmma_rs<Element, N, true>(
-        d, a, wgmma_descriptor(tile.address(k, block), Tile::kRowStride, Tile::kColStride),
-        accumulate);
+  if constexpr (kAsync) {
+    wgmma_rs<Element, N, true>(d, a, wgmma_tile<Tile::kRowStride, Tile::kColStride>(tile, k, block),
+                               accumulate);
   } else {
     if (!accumulate) {
 #pragma unroll
@@ -150,14 +158,12 @@ __device__ __forceinline__ void mma_AB(float (&d)[N / 2], const uint32_t (&a)[4]
 }
 
 // d (64, N) (+)= A (64, 16) times the transpose of tile[row ... row+N-1][8 block ... 8 block + 15].
-// kAsync false takes mma.sync everywhere, for branches that wgmma cannot stand in.
 template <class Element, int N, bool kAsync = kHasWgmma, class Tile>
 __device__ __forceinline__ void mma_ABt(float (&d)[N / 2], const uint32_t (&a)[4], const Tile& tile,
                                         int row, int block, bool accumulate = true) {
   if constexpr (kAsync) {
     wgmma_rs<Element, N, false>(
-        d, a, wgmma_descriptor(tile.address(row, block), Tile::kColStride, Tile::kRowStride),
-        accumulate);
+        d, a, wgmma_tile<Tile::kColStride, Tile::kRowStride>(tile, row, block), accumulate);
   } else {
     if (!accumulate) {
 #pragma unroll
@@ -175,18 +181,24 @@ __device__ __forceinline__ void mma_ABt(float (&d)[N / 2], const uint32_t (&a)[4
   }
 }
 
-// d (64, N) += transpose of left[k ... k+15][0 ... 63] times right[k ... k+15][8 block ... + N-1].
+// d (64, N) += transpose of left[l ... l+15][8 m ... 8 m + 63] times right[r ... r+15][8 n ... +
+// N-1].
 template <class Element, int N, class Left, class Right>
-__device__ __forceinline__ void mma_AtB(float (&d)[N / 2], const Left& left, const Right& right,
-                                        int k, int block) {
+__device__ __forceinline__ void mma_AtB(float (&d)[N / 2], const Left& left, int l, int m,
+                                        const Right& right, int r, int n) {
   if constexpr (kHasWgmma) {
-    wgmma_ss<Element, N>(
-        d, wgmma_descriptor(left.address(k, 0), Left::kRowStride, Left::kColStride),
-        wgmma_descriptor(right.address(k, block), Right::kRowStride, Right::kColStride));
+    wgmma_ss<Element, N>(d, wgmma_tile<Left::kRowStride, Left::kColStride>(left, l, m),
+                         wgmma_tile<Right::kRowStride, Right::kColStride>(right, r, n));
   } else {
     uint32_t a[4];
-    load_a_transposed(a, left, k, threadIdx.x / 32 % 4 * 2);
-    mma_AB<Element, N>(d, a, right, k, block);
+    load_a_transposed(a, left, l, m + threadIdx.x / 32 % 4 * 2);
+    if constexpr (N == 8) {
+      uint32_t b[4];
+      load_b(b, right, r, n - 1);
+      warp_mma<Element>(d, a, b[2], b[3]);
+    } else {
+      mma_AB<Element, N>(d, a, right, r, n);
+    }
   }
 }
 

@@ -37,13 +37,18 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
 
 #define BASED_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define BASED_ACC8(i) BASED_ACC4(i), BASED_ACC4(i + 4)
-#define BASED_ACC24 BASED_ACC8(0), BASED_ACC8(8), BASED_ACC8(16)
-#define BASED_ACC32 BASED_ACC24, BASED_ACC8(24)
-#define BASED_ACC36 BASED_ACC32, BASED_ACC4(32)
-#define BASED_ACC40 BASED_ACC32, BASED_ACC8(32)
-#define BASED_ACC56 BASED_ACC40, BASED_ACC8(40), BASED_ACC8(48)
-#define BASED_ACC72 BASED_ACC56, BASED_ACC8(56), BASED_ACC8(64)
-#define BASED_ACC80 BASED_ACC72, BASED_ACC8(72)
+#define BASED_ALL4 BASED_ACC4(0)
+#define BASED_ALL12 BASED_ACC8(0), BASED_ACC4(8)
+#define BASED_ALL16 BASED_ACC8(0), BASED_ACC8(8)
+#define BASED_ALL24 BASED_ALL16, BASED_ACC8(16)
+#define BASED_ALL32 BASED_ALL24, BASED_ACC8(24)
+#define BASED_ALL36 BASED_ALL32, BASED_ACC4(32)
+#define BASED_ALL40 BASED_ALL32, BASED_ACC8(32)
+#define BASED_ALL72 BASED_ALL40, BASED_ACC8(40), BASED_ACC8(48), BASED_ACC8(56), BASED_ACC8(64)
+#define BASED_ALL84 BASED_ALL72, BASED_ACC8(72), BASED_ACC4(80)
+#define BASED_REGS4 "%0,%1,%2,%3"
+#define BASED_REGS12 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
+#define BASED_REGS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define BASED_REGS24                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23"
@@ -56,21 +61,17 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
 #define BASED_REGS40                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
-#define BASED_REGS56                                                               \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
-  "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
-  "%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55"
 #define BASED_REGS72                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
   "%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"   \
   "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71"
-#define BASED_REGS80                                                               \
+#define BASED_REGS84                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
   "%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"   \
   "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,"   \
-  "%79"
+  "%79,%80,%81,%82,%83"
 
 // kTransposeB: B is stored k-major rows of n (n contiguous) instead of n-major rows of k.
 template <class Element, int N, bool kTransposeB>
@@ -83,10 +84,14 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type             \
                " {" BASED_REGS##regs "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc   \
                                      ", p, 1, 1, %" #trans ";}\n"                          \
-               : BASED_ACC##regs                                                           \
+               : BASED_ALL##regs                                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), \
                  "n"(int(kTransposeB)))
-  if constexpr (N == 48 && !kHalf) {
+  if constexpr (N == 32 && !kHalf) {
+    BASED_WGMMA_RS(32, 16, "bf16", 16, 17, 18, 19, 20, 21, 22);
+  } else if constexpr (N == 32) {
+    BASED_WGMMA_RS(32, 16, "f16", 16, 17, 18, 19, 20, 21, 22);
+  } else if constexpr (N == 48 && !kHalf) {
     BASED_WGMMA_RS(48, 24, "bf16", 24, 25, 26, 27, 28, 29, 30);
   } else if constexpr (N == 48) {
     BASED_WGMMA_RS(48, 24, "f16", 24, 25, 26, 27, 28, 29, 30);
@@ -102,10 +107,6 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
     BASED_WGMMA_RS(80, 40, "bf16", 40, 41, 42, 43, 44, 45, 46);
   } else if constexpr (N == 80) {
     BASED_WGMMA_RS(80, 40, "f16", 40, 41, 42, 43, 44, 45, 46);
-  } else if constexpr (N == 112 && !kHalf) {
-    BASED_WGMMA_RS(112, 56, "bf16", 56, 57, 58, 59, 60, 61, 62);
-  } else if constexpr (N == 112) {
-    BASED_WGMMA_RS(112, 56, "f16", 56, 57, 58, 59, 60, 61, 62);
   } else {
     static_assert(N == 0, "no wgmma wrapper for this N");
   }
@@ -120,24 +121,28 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t
 #define BASED_WGMMA_SS(n, regs, type, adesc, bdesc)                                  \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type       \
                " {" BASED_REGS##regs "}, %" #adesc ", %" #bdesc ", 1, 1, 1, 1, 1;\n" \
-               : BASED_ACC##regs                                                     \
+               : BASED_ALL##regs                                                     \
                : "l"(a), "l"(b))
-  if constexpr (N == 48 && !kHalf) {
-    BASED_WGMMA_SS(48, 24, "bf16", 24, 25);
-  } else if constexpr (N == 48) {
-    BASED_WGMMA_SS(48, 24, "f16", 24, 25);
-  } else if constexpr (N == 112 && !kHalf) {
-    BASED_WGMMA_SS(112, 56, "bf16", 56, 57);
-  } else if constexpr (N == 112) {
-    BASED_WGMMA_SS(112, 56, "f16", 56, 57);
+  if constexpr (N == 8 && !kHalf) {
+    BASED_WGMMA_SS(8, 4, "bf16", 4, 5);
+  } else if constexpr (N == 8) {
+    BASED_WGMMA_SS(8, 4, "f16", 4, 5);
+  } else if constexpr (N == 24 && !kHalf) {
+    BASED_WGMMA_SS(24, 12, "bf16", 12, 13);
+  } else if constexpr (N == 24) {
+    BASED_WGMMA_SS(24, 12, "f16", 12, 13);
+  } else if constexpr (N == 80 && !kHalf) {
+    BASED_WGMMA_SS(80, 40, "bf16", 40, 41);
+  } else if constexpr (N == 80) {
+    BASED_WGMMA_SS(80, 40, "f16", 40, 41);
   } else if constexpr (N == 144 && !kHalf) {
     BASED_WGMMA_SS(144, 72, "bf16", 72, 73);
   } else if constexpr (N == 144) {
     BASED_WGMMA_SS(144, 72, "f16", 72, 73);
-  } else if constexpr (N == 160 && !kHalf) {
-    BASED_WGMMA_SS(160, 80, "bf16", 80, 81);
-  } else if constexpr (N == 160) {
-    BASED_WGMMA_SS(160, 80, "f16", 80, 81);
+  } else if constexpr (N == 168 && !kHalf) {
+    BASED_WGMMA_SS(168, 84, "bf16", 84, 85);
+  } else if constexpr (N == 168) {
+    BASED_WGMMA_SS(168, 84, "f16", 84, 85);
   } else {
     static_assert(N == 0, "no wgmma wrapper for this N");
   }
