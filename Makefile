@@ -11,8 +11,10 @@ SOURCES := $(shell find cpp cuda python -name '*.cpp' -o -name '*.h' -o -name '*
   -o -name '*.py' -o -name CMakeLists.txt) CMakeLists.txt setup.py pyproject.toml
 # The environment's own cmake and ninja come first.
 export PATH := $(BIN):$(PATH)
+# The environment made here gets CUDA kernels where there is a GPU to run them (and nvcc to compile them).
+export BASED_CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
 
-.PHONY: train test test-cpp test-python test-sanitize install gtest format check-format clean
+.PHONY: train test test-cpp test-python test-sanitize cuda install gtest format check-format clean
 
 train: install
 	$(BIN)/python -m based_model.train
@@ -31,6 +33,11 @@ test-sanitize: $(VENV)/.tools gtest
 	cmake --preset sanitize -G Ninja
 	cmake --build --preset sanitize
 	ctest --preset sanitize
+
+# Compiles every CUDA kernel; needs nvcc, but no GPU.
+cuda: $(VENV)/.tools
+	cmake -B build/cuda -G Ninja -DBASED_CUDA=ON -DBASED_BUILD_TESTS=OFF
+	cmake --build build/cuda
 
 install: $(VENV)/.installed
 
