@@ -1,4 +1,5 @@
-#include "linear_attention/backward.cuh"
+#include "linear_attention/backward_dkv.cuh"
+#include "linear_attention/backward_dq.cuh"
 #include "linear_attention/launch.cuh"
 #include "linear_attention/simt_bwd.cuh"
 

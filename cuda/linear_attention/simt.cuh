@@ -1,6 +1,6 @@
 // float32 linear attention in plain fp32 arithmetic (no tensor cores, no TF32). One CTA walks one
 // (sequence, head), 32 tokens at a time, for 32 columns of v after the other; the state lies in
-// shared memory in the public order. Formulas as in forward.cuh and backward.cuh.
+// shared memory in the public order. Formulas as in forward.cuh and gradients.cuh.
 #pragma once
 
 #include "linear_attention/launch.cuh"

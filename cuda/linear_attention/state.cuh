@@ -170,9 +170,10 @@ struct FeatureSums {
     const int group = warpgroup_index();
 #pragma unroll
     for (int i = 0; i < kPerGroup; ++i) {
+      const int tile = group * kPerGroup + i;
+      if (kTiles % 2 != 0 && i + 1 == kPerGroup && tile >= kTiles) continue;
 #pragma unroll
       for (int k = 0; k < Tr::kPhiTokens; k += 16) {
-        const int tile = min(group * kPerGroup + i, kTiles - 1);
         mma_AtB<typename Tr::Element, 8>(sum[i], sPhi, k, 8 * tile, sY, first + k, kTileV / 8);
       }
     }

@@ -1,0 +1,94 @@
+// The sums of each segment of a sequence, and from them the sums before (or after) each segment.
+#pragma once
+
+#include "linear_attention/chunk.cuh"
+
+namespace based::cuda::linear {
+
+template <class Tr>
+struct IncrementSmem {
+  alignas(128) PhiTile<Tr> phi;  // first: FeatureSums reads on behind it
+  TokenTile<Tr> k[Tr::kIncrementStages];
+  ValueTile v[Tr::kIncrementStages];
+};
+
+template <class Tr>
+__global__ void __launch_bounds__(kThreads, 1)
+    increment_kernel(const __grid_constant__ Arguments a) {
+  using Element = typename Tr::Element;
+  constexpr int kStages = Tr::kIncrementStages;
+  extern __shared__ __align__(128) char raw[];
+  auto& smem = *reinterpret_cast<IncrementSmem<Tr>*>(raw);
+  const Place place(a);
+  const Segment seg = segment_of(a, place.slot);
+  if (!seg.exists || seg.last) return;  // so every chunk is whole
+  const int head = place.head, first_v = place.tile * kTileV;
+  const int valid = min(kTileV, a.head_dim - first_v) / 8, length = int(seg.end - seg.begin);
+  const auto prefetch = [&](int done) {
+    const int64_t t = seg.begin + done;
+    const int n = length - done, stage = done / kChunk % kStages;
+    if (n > 0) {
+      load_tile<Tr::D / 8, Element>(smem.k[stage], a.k, seg.batch, t, n, head, 0, Tr::D / 8);
+      load_tile<kTileV / 8, Element>(smem.v[stage], a.v, seg.batch, t, n, head, first_v, valid);
+    }
+    cp_async_commit();
+  };
+
+  for (int i = 0; i < kStages; ++i) {
+    zero_padding<Tr>(smem.k[i]), store_ones<Element>(smem.v[i], kChunk);
+  }
+  for (int i = 0; i < kStages - 1; ++i) prefetch(i * kChunk);
+  StateSlice<Tr> state;
+  FeatureSums<Tr> sums;
+  state.clear();
+  for (int done = 0; done < length; done += kChunk) {
+    const int stage = done / kChunk % kStages;
+    cp_async_wait<kStages - 2>();
+    __syncthreads();
+    prefetch(done + (kStages - 1) * kChunk);
+    store_features<Tr>(smem.phi, smem.k[stage], 0);
+    mma_publish();
+    __syncthreads();
+    update_state<Tr>(state, sums, smem.v[stage], smem.phi, smem.k[stage]);
+    mma_wait<0>(state.sum);
+  }
+  float* workspace = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+  state.store(workspace);
+  float* gZ = workspace + Tr::kF * kTileV;
+  sums.for_each([&](int f, float value) { gZ[f] = value; });
+}
+
+// Each segment's sum becomes the sum of the segments before it (kReverse: after it) in its
+// sequence. One thread per four floats of a state and (sequence, head, tile).
+template <bool kReverse>
+__global__ void __launch_bounds__(256)
+    scan_kernel(const __grid_constant__ Arguments a, int state_quads, int blocks_per_state) {
+  constexpr int kAhead = 8;  // loads in flight
+  const int64_t index = blockIdx.x / blocks_per_state;
+  const int element = int(blockIdx.x % blocks_per_state) * 256 + threadIdx.x;
+  if (element >= state_quads) return;
+  const int64_t per_slot = int64_t(a.heads) * a.tiles;
+  const int64_t sequence = index / per_slot, row = index % per_slot;
+  const Segment all = sequence_of(a, sequence);
+  const int64_t count = max(int64_t(1), (all.end - all.begin + a.segment - 1) / a.segment);
+  const int64_t slot = first_slot(a, sequence) + (kReverse ? count - 1 : 0);
+  const int64_t stride = (kReverse ? -per_slot : per_slot) * state_quads;
+  float4* at =
+      reinterpret_cast<float4*>(a.workspace) + (slot * per_slot + row) * state_quads + element;
+  float4 sum = {0, 0, 0, 0};
+  for (int64_t s = 0; s < count; s += kAhead) {
+    float4 own[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {  // the last one's sum is never needed, nor written
+      own[i] = s + i + 1 < count ? at[i * stride] : float4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (s + i < count) at[i * stride] = sum;
+      sum.x += own[i].x, sum.y += own[i].y, sum.z += own[i].z, sum.w += own[i].w;
+    }
+    at += kAhead * stride;
+  }
+}
+
+}  // namespace based::cuda::linear
