@@ -219,6 +219,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
     for (CopyBarrier& barrier : arrived) barrier.init();
     fence_barrier_init();
   }
+  __syncwarp();  // orders init and copy for racecheck, which takes them for two lanes' accesses
   for (int tile = 0; tile < kDecodeStages; ++tile) tiles.fetch(tile);
   float* gZ = a.k_state + slot * a.z_stride[0] + h * a.z_stride[1];  // (F,)
   const float first_z = tid < F ? gZ[tid] : 0.0f;
