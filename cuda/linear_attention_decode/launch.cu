@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "based/ops.h"
-#include "linear_attention_decode/kernels.cuh"
+#include "linear_attention_decode/fold.cuh"
 #include "primitives/dispatch.h"
 #include "primitives/vector.cuh"
 
