@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
       const RowBand rows(band, t_strip, g);
       const Walk walk(band, t_strip, s0, kStep);
       const int keep = t_next < t_end ? Walk(band, t_next, s0, kStep).first : count;
-      columns.release(released, before + walk.first);
+      columns.skip(released, before + walk.first);
       RowOperand<T, Traits::kRegisters> rQ, rDout;
       cp_async_wait<0>();
       __syncwarp();
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
         fetch(t_next);
       }
     }
-    columns.release(released, before + count);
+    columns.skip(released, before + count);
     again = !again && __syncthreads_or(!finite);
     if (!again) out0 += kOut;
   }
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
       const RowBand rows(band, s_strip, g);
       const Walk walk(band, s_strip, t0, kStep);
       const int keep = s_next < s_end ? min(Walk(band, s_next, t0, kStep).first, count) : count;
-      columns.release(released, before + min(walk.first, count));
+      columns.skip(released, before + min(walk.first, count));
       RowOperand<T, Traits::kRegisters> rK, rV;
       cp_async_wait<0>();
       __syncwarp();
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
         fetch(s_next);
       }
     }
-    columns.release(released, before + count);
+    columns.skip(released, before + count);
     again = !again && __syncthreads_or(!finite);
     if (!again) out0 += kOut;
   }

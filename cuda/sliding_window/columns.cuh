@@ -91,14 +91,21 @@ struct Columns {
     return stage;
   }
 
-  // By a computing warp: it is done with the blocks before `end`, and has said so of those before
-  // `released`.
+  // By a computing warp: it is done with the blocks before `end`, all of which it has waited for,
+  // and has said so of those before `released`.
   __device__ __forceinline__ void release(int& released, int end) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll 1
-      for (int n = released; n < end; ++n) empty(wait(n)).arrive();
+    for (int n = released + threadIdx.x % 32; n < end; n += 32) {
+      empty(n - round_of(n) * count).arrive();
     }
+    released = max(released, end);
+  }
+
+  // The same for blocks that it has no use for. They have to be there all the same: a barrier must
+  // not be a phase ahead.
+  __device__ __forceinline__ void skip(int& released, int end) const {
+    __syncwarp();
+    for (int n = released + threadIdx.x % 32; n < end; n += 32) empty(wait(n)).arrive();
     released = max(released, end);
   }
 

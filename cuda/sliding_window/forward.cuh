@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
       const RowBand rows(band, t_strip, g);
       const Walk walk(band, t_strip, s0, kStep);
       const int keep = t_next < t_end ? Walk(band, t_next, s0, kStep).first : count;
-      columns.release(released, before + walk.first);
+      columns.skip(released, before + walk.first);
       RowOperand<T, Traits::kRegisters> rQ;
       cp_async_wait<0>();
       __syncwarp();
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
         fetch(t_next);
       }
     }
-    columns.release(released, before + count);
+    columns.skip(released, before + count);
     if (again || !__syncthreads_or(!finite)) return;
     again = true;
   }

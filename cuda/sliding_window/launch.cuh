@@ -90,7 +90,7 @@ struct WindowCut {
 };
 
 // Rows are cut so that the CTAs come out even on this GPU's multiprocessors; a warp takes one strip
-// where the stages cannot hold what its next one shares with those of its neighbours.
+// where the stages cannot hold what its next one shares with those of half of its neighbours.
 template <class Traits, class Kernel>
 WindowCut cut(Kernel kernel, WindowLayout& l) {
   int device = 0, shared = 0, processors = 1;
@@ -117,7 +117,7 @@ WindowCut cut(Kernel kernel, WindowLayout& l) {
   const int64_t length = l.packed ? (l.seqlen + sequences - 1) / sequences : l.seqlen;
   const int64_t tiles = std::max<int64_t>((length + rows - 1) / rows, 1);
   const int64_t slots = int64_t(processors) * Traits::kBlocks;
-  const bool keeps = stages >= (l.window + 14) / kBlock + 2 + warps;
+  const bool keeps = stages >= (l.window + 14) / kBlock + 2 + warps / 2;
   int strips = 1;
   double best = 0;
   for (int n = 1; n <= (keeps ? std::min<int64_t>(tiles, 32) : 1); ++n) {

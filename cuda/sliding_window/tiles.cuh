@@ -180,15 +180,34 @@ struct RowOperand {
   }
 };
 
+// d (16, 8) <- A (16, 16) B (16, 8).
+template <class Element>
+__device__ __forceinline__ void warp_mma_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%10,%10,%10,%10};\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%10,%10,%10,%10};\n"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  }
+}
+
 // s[b] (16, 16) <- rows (16, kV) times the transpose of the 16 rows from sX[b], for kN blocks.
 template <int kN, class T, bool kInRegisters>
 __device__ __forceinline__ void mma_ABt(float (&s)[kN][2][4],
                                         const RowOperand<T, kInRegisters>& rows,
                                         const typename T::Element* const (&sX)[kN]) {
   const int l = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < 8 * kN; ++j) s[j / 8][j / 4 % 2][j % 4] = 0.0f;
   if constexpr (std::is_same_v<typename T::Element, float>) {
+#pragma unroll
+    for (int j = 0; j < 8 * kN; ++j) s[j / 8][j / 4 % 2][j % 4] = 0.0f;
     const float* a = rows.rows + l / 4 * T::kLd;
 #pragma unroll 2
     for (int k = 0; k < T::kV; k += 4) {
@@ -217,8 +236,11 @@ __device__ __forceinline__ void mma_ABt(float (&s)[kN][2][4],
       for (int n = 0; n < kN; ++n) {
         uint32_t b[4];
         ldmatrix_x4<false>(b, addresses[n] + 32 * k);
-        warp_mma<typename T::Element>(s[n][0], a, b[0], b[1]);
-        warp_mma<typename T::Element>(s[n][1], a, b[2], b[3]);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (k == 0) warp_mma_first<typename T::Element>(s[n][j], a, b[2 * j], b[2 * j + 1]);
+          if (k > 0) warp_mma<typename T::Element>(s[n][j], a, b[2 * j], b[2 * j + 1]);
+        }
       }
     }
   }

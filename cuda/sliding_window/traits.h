@@ -19,8 +19,10 @@ struct WindowTuning {
 constexpr WindowTuning window_tuning(WindowPass pass, int element_bytes, int kV) {
   const bool forward = pass == WindowPass::kForward;
   if (element_bytes == 4) return {7, 1, kV > 128 ? 3 : 8, false, 1};
-  if (kV <= 64) return forward ? WindowTuning{7, 3, 19, true, 2} : WindowTuning{11, 1, 24, true, 1};
-  if (kV <= 128) return forward ? WindowTuning{7, 3, 20, true, 1} : WindowTuning{7, 1, 18, true, 1};
+  if (kV <= 64) return forward ? WindowTuning{7, 3, 18, true, 2} : WindowTuning{11, 1, 24, true, 1};
+  if (kV <= 128) {
+    return forward ? WindowTuning{15, 1, 17, false, 1} : WindowTuning{7, 1, 18, true, 1};
+  }
   return {7, 1, 6, false, 1};
 }
 
