@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 import baselines
 from registry import Implementation, exchange
 
+torch._dynamo.config.recompile_limit = 64  # one per shape, with and without gradients
 BLOCK = 128  # queries and keys of a block of FlexAttention's mask
 
 

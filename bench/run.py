@@ -87,6 +87,10 @@ def run(args, cases):
             print(f"{case.name}: left out, no CUDA kernel for {sorted(case.ops & missing)}")
             continue
         results["cases"].append(run_case(case, timer, limits, args))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # what the graphs held
+        if args.out:
+            write(args.out.with_suffix(".part.json"), results)
         rows = results["cases"][-1]["rows"]
         figures = ", ".join(f"{row['implementation']} {row['median_ms']:.4g}" for row in rows)
         seconds = time.perf_counter() - began
@@ -99,6 +103,7 @@ def run(args, cases):
     slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
     if args.out:
         write(args.out, add_to(args.out, results) if args.filter else results)
+        args.out.with_suffix(".part.json").unlink(missing_ok=True)
     elif not args.filter:
         write(RESULTS / f"{args.device}-{slug}.json", results)
         render()
@@ -131,29 +136,12 @@ def add_to(path, results):
 
 def run_case(case, timer, limits, args):
     """Check every implementation on the first input set, then time those that passed."""
-    generator = torch.Generator(args.device).manual_seed(0)
-    sets = [case.inputs(generator)]
-    set_bytes = sum(x.nbytes for x in sets[0])
-    count = case.input_sets or min(16, max(4, math.ceil(ROTATED_BYTES / set_bytes)))
-    sets += [case.inputs(generator) for _ in range(count - 1)]
-
-    expected = case.expected(*sets[0])
-    shots, errors, failures = {}, {}, []
-    with torch.set_grad_enabled(case.backward):
-        for implementation in case.implementations:
-            name = implementation.name
-            try:
-                argument_sets = [implementation.prepare(*inputs) for inputs in sets]
-                errors[name] = check(case, implementation, argument_sets[0], expected)
-                shots[name] = timer.bind(implementation.run, argument_sets)
-                if case.work == "backward":
-                    shots[name, "forward"] = timer.bind(implementation.forward, argument_sets)
-            except Exception as error:  # a baseline's must not take the others with it
-                shots.pop(name, None)
-                failures.append(f"{name}: {str(error).splitlines()[0]}")
-        if registry.OURS not in shots:
-            shots = {}
-        times = timing.take_turns(timer, shots, args.seconds)
+    times, errors, failures = {}, {}, []
+    try:
+        count = measure(case, timer, args, times, errors, failures)
+    except Exception as error:  # one case must not take the others with it
+        failures.append(describe(error))
+        count = 0
     floor_ms, floor_kind = ceilings.floor(case, limits)
     return {
         "op": case.op,
@@ -167,10 +155,42 @@ def run_case(case, timer, limits, args):
         "targets": case.targets,
         "target_ms": case.target_ms,
         "target_floor": case.target_floor,
-        "input_sets": len(sets),
+        "input_sets": count,
         "rows": [row(case, i, times, errors) for i in case.implementations if i.name in times],
         "failures": failures,
     }
+
+
+def measure(case, timer, args, times, errors, failures):
+    """Fills the last three; returns the number of input sets."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    sets = [case.inputs(generator)]
+    set_bytes = sum(x.nbytes for x in sets[0])
+    count = case.input_sets or min(16, max(4, math.ceil(ROTATED_BYTES / set_bytes)))
+    sets += [case.inputs(generator) for _ in range(count - 1)]
+
+    expected = case.expected(*sets[0])
+    shots = {}
+    with torch.set_grad_enabled(case.backward):
+        for implementation in case.implementations:
+            name = implementation.name
+            try:
+                argument_sets = [implementation.prepare(*inputs) for inputs in sets]
+                errors[name] = check(case, implementation, argument_sets[0], expected)
+                shots[name] = timer.bind(implementation.run, argument_sets)
+                if case.work == "backward":
+                    shots[name, "forward"] = timer.bind(implementation.forward, argument_sets)
+            except Exception as error:
+                shots.pop(name, None)
+                failures.append(f"{name}: {describe(error)}")
+        if registry.OURS in shots:
+            times |= timing.take_turns(timer, shots, args.seconds)
+    return count
+
+
+def describe(error):
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def check(case, implementation, arguments, expected):
