@@ -357,7 +357,7 @@ def test_double_backward_raises(device):
 @pytest.mark.skipif("cuda" not in devices("short_conv"), reason="needs a GPU")
 @pytest.mark.parametrize("bounds", [[0, 3, 8, 15], [2, 5, 20], [-7, 3, 20], [0, 9, 6, 20], [0, 99]])
 def test_bad_cu_seqlens_on_a_gpu(bounds):
-    """They are not read back: no memory is touched out of bounds, and tokens of no sequence are NaN."""
+    """They are not read back: no memory is touched out of bounds, tokens of no sequence are NaN."""
     arguments = make(1, 20, 16, 4, F32, "cuda", sequences=len(bounds) - 1)
     cu_seqlens = torch.tensor(bounds, device="cuda")
     x = arguments["x"].requires_grad_()

@@ -60,9 +60,9 @@ struct LinearAttentionDecodeParams {
   bool normalize = true;
 };
 
-// Decode that writes the state every C-th token only: a row's last tokens wait in its ring of C, and
-// the state together with them is the row's state. With fill + 1 < C the token joins the ring at
-// place fill; with fill + 1 = C all C tokens go into the state, and the ring is empty.
+// Decode that writes the state every C-th token only: a row's last tokens wait in its ring of C,
+// and the state together with them is the row's state. With fill + 1 < C the token joins the ring
+// at place fill; with fill + 1 = C all C tokens go into the state, and the ring is empty.
 struct LinearAttentionDecodeDeferredParams : LinearAttentionDecodeParams {
   TensorView pending_k;  // (slots, C, H, D)
   TensorView pending_v;  // (slots, C, H, V)
