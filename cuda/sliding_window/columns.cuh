@@ -101,12 +101,17 @@ struct Columns {
     released = max(released, end);
   }
 
-  // The same for blocks that it has no use for. They have to be there all the same: a barrier must
-  // not be a phase ahead.
+  // The same for blocks that it has no use for. They have to be there all the same, those of a stage
+  // one after the other: a barrier must not be a phase ahead.
   __device__ __forceinline__ void skip(int& released, int end) const {
+    const int at_once = min(count, 32), lane = threadIdx.x % 32;
+    for (; released < end; released += at_once) {
+      __syncwarp();
+      const int n = released + lane;
+      if (lane < at_once && n < end) empty(wait(n)).arrive();
+    }
     __syncwarp();
-    for (int n = released + threadIdx.x % 32; n < end; n += 32) empty(wait(n)).arrive();
-    released = max(released, end);
+    released = end;
   }
 
  private:
