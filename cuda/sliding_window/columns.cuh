@@ -101,8 +101,8 @@ struct Columns {
     released = max(released, end);
   }
 
-  // The same for blocks that it has no use for. They have to be there all the same, those of a stage
-  // one after the other: a barrier must not be a phase ahead.
+  // The same for blocks that it has no use for. They have to be there all the same, those of a
+  // stage one after the other: a barrier must not be a phase ahead.
   __device__ __forceinline__ void skip(int& released, int end) const {
     const int at_once = min(count, 32), lane = threadIdx.x % 32;
     for (; released < end; released += at_once) {
