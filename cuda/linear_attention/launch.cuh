@@ -69,11 +69,11 @@ inline Status check_supported(const char* op, const LinearAttentionParams& p) {
   return {};
 }
 
-inline Status check_aligned(const char* op, const char* argument, const TensorView& view,
-                            int64_t elements) {
+inline Status check_aligned(const char* op, const char* argument, const TensorView& view) {
+  constexpr int kElements = 8;  // of 16 bits
   bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
   for (int i = 0; i < 3; ++i)
-    aligned = aligned && (view.size[i] <= 1 || view.stride[i] % elements == 0);
+    aligned = aligned && (view.size[i] <= 1 || view.stride[i] % kElements == 0);
   if (aligned) return {};
   return make_status(
       StatusCode::kUnsupported,

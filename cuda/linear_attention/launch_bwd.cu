@@ -126,7 +126,7 @@ Status linear_attention_backward(const LinearAttentionBackwardParams& p, void* w
       {"q", &p.q},   {"k", &p.k},   {"v", &p.v},  {"dout", &p.dout},
       {"dq", &p.dq}, {"dk", &p.dk}, {"dv", &p.dv}};
   for (const auto& [name, view] : tensors) {
-    if (status.ok()) status = check_aligned(op, name, *view, 8);
+    if (status.ok()) status = check_aligned(op, name, *view);
   }
   if (!status.ok()) return status;
   return dispatch_traits(op, p, [&](auto traits) {

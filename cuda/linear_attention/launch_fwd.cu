@@ -62,7 +62,7 @@ Status linear_attention(const LinearAttentionParams& p, void* workspace, Stream 
   const std::pair<const char*, const TensorView*> tensors[] = {
       {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"out", &p.out}};
   for (const auto& [name, view] : tensors) {
-    if (status.ok()) status = check_aligned(op, name, *view, 8);
+    if (status.ok()) status = check_aligned(op, name, *view);
   }
   if (!status.ok()) return status;
   return dispatch_traits(op, p, [&](auto traits) {

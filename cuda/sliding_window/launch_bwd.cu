@@ -1,4 +1,4 @@
-#include "sliding_window/backward.cuh"
+#include "sliding_window/backward_keys.cuh"
 #include "sliding_window/launch.cuh"
 
 namespace based::cuda {
