@@ -32,9 +32,9 @@ def _sequences(cu_seqlens: torch.Tensor | None, batch: int) -> int:
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _contiguous_last(grad: torch.Tensor) -> torch.Tensor:
+def _contiguous_last(grad: torch.Tensor | None) -> torch.Tensor | None:
     """Incoming gradients may be expanded or transposed; the ops want the last dimension dense."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+    return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
 
 
 # ---- fakes -------------------------------------------------------------------------------------
@@ -160,18 +160,19 @@ def _taylor_backward(ctx, dout):
 
 
 def _linear_setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.normalize, ctx.has_final_state = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest = inputs[6:]
 
 
 def _linear_backward(ctx, dout, dkv_state=None, dk_state=None):
     q, k, v, kv_state, k_state, cu_seqlens = ctx.saved_tensors
-    if not ctx.has_final_state:
+    scale, normalize, has_final_state = ctx.rest
+    if not has_final_state:
         dkv_state = dk_state = None
     dq, dk, dv, dkv0, dk0 = without_graph(
         ops.linear_attention_backward.default,
-        _contiguous_last(dout), *map(_contiguous_last_or_none, (dkv_state, dk_state)),
-        q, k, v, kv_state, k_state, cu_seqlens, ctx.scale, ctx.normalize,
+        _contiguous_last(dout), _contiguous_last(dkv_state), _contiguous_last(dk_state),
+        q, k, v, kv_state, k_state, cu_seqlens, scale, normalize,
     )  # fmt: skip
     if kv_state is None:
         dkv0 = dk0 = None
@@ -192,7 +193,7 @@ def _window_backward(ctx, dout, dlse=None, dk_cache=None, dv_cache=None, dpositi
         dk_cache = dv_cache = None
     dq, dk, dv, dk0, dv0 = without_graph(
         ops.sliding_window_attention_backward.default,
-        _contiguous_last(dout), *map(_contiguous_last_or_none, (dk_cache, dv_cache)),
+        _contiguous_last(dout), _contiguous_last(dk_cache), _contiguous_last(dv_cache),
         *saved, ctx.window, ctx.scale,
     )  # fmt: skip
     if k_cache is None:
@@ -212,7 +213,7 @@ def _conv_backward(ctx, dout, dfinal_state=None):
         dfinal_state = None
     dx, dweight, dbias, dgate, dinitial = without_graph(
         ops.short_conv_backward.default,
-        _contiguous_last(dout), _contiguous_last_or_none(dfinal_state), *saved, ctx.silu,
+        _contiguous_last(dout), _contiguous_last(dfinal_state), *saved, ctx.silu,
     )  # fmt: skip
     return (
         dx,
@@ -226,10 +227,6 @@ def _conv_backward(ctx, dout, dfinal_state=None):
     )
 
 
-def _contiguous_last_or_none(grad):
-    return None if grad is None else _contiguous_last(grad)
-
-
 def _no_double_backward(op: str):
     def backward(ctx, *grads):
         raise RuntimeError(f"{op}: double backward is not supported")
@@ -237,8 +234,17 @@ def _no_double_backward(op: str):
     return backward
 
 
-# What the public functions call.
-calls = {}
+# What the public functions call. The ops that update a state in place have no gradient.
+calls = {
+    op: getattr(ops, op).default
+    for op in (
+        "linear_attention_decode",
+        "linear_attention_decode_deferred",
+        "linear_attention_fold",
+        "sliding_window_decode",
+        "short_conv_decode",
+    )
+}
 for _op, _backward, _setup in (
     ("taylor_feature_map", _taylor_backward, _taylor_setup),
     ("linear_attention", _linear_backward, _linear_setup),

@@ -11,12 +11,19 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 
+def _below_autograd(op, inputs):
+    guard = torch._C._AutoDispatchBelowAutograd()
+    try:
+        return op(*inputs)
+    finally:
+        del guard
+
+
 def without_graph(op, *inputs):
     """op(*inputs), for an op that has no gradient: autograd says so when one is wanted."""
     if torch.is_grad_enabled() or is_compiling():
         return op(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
+    return _below_autograd(op, inputs)
 
 
 def differentiable(op, setup, backward):
@@ -25,30 +32,28 @@ def differentiable(op, setup, backward):
     An op that returns several tensors takes output_final_state as its last argument; without it the
     function returns the first tensor alone.
     """
-
-    def below_autograd(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    def wanted(output, inputs):
-        return output if isinstance(output, Tensor) or inputs[-1] else output[0]
+    arguments = op._schema.arguments
+    tensors = sum("Tensor" in str(argument.type) for argument in arguments)  # they come first
+    stateful = arguments[-1].name == "output_final_state"
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            output = below_autograd(*inputs)
+            output = _below_autograd(op, inputs)
             setup(ctx, inputs, output)
-            return wanted(output, inputs)
+            return output[0] if stateful and not inputs[-1] else output
 
     Eager.backward = staticmethod(backward)
 
     def call(*inputs):
         if is_compiling():
-            return wanted(op(*inputs), inputs)
-        if torch.is_grad_enabled():
-            for x in inputs:
-                if isinstance(x, Tensor) and x.requires_grad:
-                    return Eager.apply(*inputs)
-        return wanted(below_autograd(*inputs), inputs)
+            output = op(*inputs)
+        else:
+            if torch.is_grad_enabled():
+                for x in inputs[:tensors]:
+                    if isinstance(x, Tensor) and x.requires_grad:
+                        return Eager.apply(*inputs)
+            output = _below_autograd(op, inputs)
+        return output[0] if stateful and not inputs[-1] else output
 
     return call

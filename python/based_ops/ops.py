@@ -9,60 +9,10 @@ slot of each row in a pool of states; -1 skips the row (output 0, state untouche
 The formulas are those of BASED (Arora et al., ICML 2024, arXiv 2402.18668).
 """
 
-import torch
 from torch import Tensor
 
+from based_ops.arguments import autocast, default_scale, forbid_grad, is_silu, state_tensors
 from based_ops.autograd import calls
-
-_ops = torch.ops.based_ops
-
-
-def _autocast(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """Inside an autocast region, floating-point tensors become its dtype (float64 stays)."""
-    tensors = [first, *others]
-    if not torch._C._is_any_autocast_enabled():
-        return tensors
-    device = first.device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
-
-
-def _default_scale(q: Tensor) -> float:
-    """width ** -0.5; an empty width is left to the op's own check."""
-    shape = q.shape
-    return shape[-1] ** -0.5 if shape and shape[-1] > 0 else 1.0
-
-
-def _forbid_grad(op: str, **tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{op}: {name}: expected a tensor that does not require grad (decode updates "
-                    "its state in place and has no gradient; use torch.no_grad()), "
-                    "got requires_grad=True"
-                )
-
-
-def _silu(op: str, activation: str | None) -> bool:
-    if activation not in (None, "silu"):
-        raise RuntimeError(f'{op}: activation: expected None or "silu", got {activation!r}')
-    return activation == "silu"
-
-
-def _state(op: str, state, size: int, layout: str):
-    """The tensors of a tuple-valued initial state, Nones without one."""
-    if state is None:
-        return (None,) * size
-    if not isinstance(state, (tuple, list)) or len(state) != size:
-        got = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise RuntimeError(f"{op}: initial_state: expected {layout}, got {got}")
-    return tuple(state)
 
 
 def taylor_feature_map(x: Tensor, *, scale: float | None = None) -> Tensor:
@@ -81,7 +31,7 @@ def taylor_feature_map(x: Tensor, *, scale: float | None = None) -> Tensor:
         RuntimeError: on a 0-dimensional x, an unsupported dtype, a strided last dimension, scale
             <= 0.
     """
-    scale = _default_scale(x) if scale is None else scale
+    scale = default_scale(x) if scale is None else scale
     if x.ndim <= 4:
         return calls["taylor_feature_map"](x, scale)
     return calls["taylor_feature_map"](x.flatten(0, -2), scale).unflatten(0, x.shape[:-1])
@@ -123,9 +73,9 @@ def linear_attention(
             shape, dtype, device or stride, scale <= 0, or bad cu_seqlens.
     """
     op = "linear_attention"
-    kv_state, k_state = _state(op, initial_state, 2, "(kv_state, k_state)")
-    q, k, v = _autocast(q, k, v)
-    scale = _default_scale(q) if scale is None else scale
+    kv_state, k_state = state_tensors(op, initial_state, 2, "(kv_state, k_state)")
+    q, k, v = autocast(q, k, v)
+    scale = default_scale(q) if scale is None else scale
     result = calls[op](q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_state)
     return (result[0], result[1:]) if output_final_state else result
 
@@ -159,10 +109,10 @@ def linear_attention_decode(
             enabled and an input requires it.
     """
     op = "linear_attention_decode"
-    _forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
-    q, k, v = _autocast(q, k, v)
-    scale = _default_scale(q) if scale is None else scale
-    return _ops.linear_attention_decode(q, k, v, kv_state, k_state, state_indices, scale, normalize)
+    forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
+    q, k, v = autocast(q, k, v)
+    scale = default_scale(q) if scale is None else scale
+    return calls[op](q, k, v, kv_state, k_state, state_indices, scale, normalize)
 
 
 def linear_attention_decode_deferred(
@@ -206,11 +156,11 @@ def linear_attention_decode_deferred(
             0 ... C-1, or when grad is enabled and an input requires it.
     """
     op = "linear_attention_decode_deferred"
-    _forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
-    _forbid_grad(op, pending_k=pending_k, pending_v=pending_v)
-    q, k, v = _autocast(q, k, v)
-    scale = _default_scale(q) if scale is None else scale
-    return _ops.linear_attention_decode_deferred(
+    forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
+    forbid_grad(op, pending_k=pending_k, pending_v=pending_v)
+    q, k, v = autocast(q, k, v)
+    scale = default_scale(q) if scale is None else scale
+    return calls[op](
         q, k, v, kv_state, k_state, pending_k, pending_v, fill, state_indices, scale, normalize
     )
 
@@ -239,9 +189,9 @@ def linear_attention_fold(
             0 ... C-1, or when grad is enabled and an input requires it.
     """
     op = "linear_attention_fold"
-    _forbid_grad(op, kv_state=kv_state, k_state=k_state, pending_k=pending_k, pending_v=pending_v)
-    scale = _default_scale(pending_k) if scale is None else scale
-    _ops.linear_attention_fold(kv_state, k_state, pending_k, pending_v, fill, state_indices, scale)
+    forbid_grad(op, kv_state=kv_state, k_state=k_state, pending_k=pending_k, pending_v=pending_v)
+    scale = default_scale(pending_k) if scale is None else scale
+    calls[op](kv_state, k_state, pending_k, pending_v, fill, state_indices, scale)
 
 
 def sliding_window_attention(
@@ -280,9 +230,11 @@ def sliding_window_attention(
             arguments, window < 1, negative positions or bad cu_seqlens.
     """
     op = "sliding_window_attention"
-    k_cache, v_cache, positions = _state(op, initial_state, 3, "(k_cache, v_cache, positions)")
-    q, k, v = _autocast(q, k, v)
-    scale = _default_scale(q) if scale is None else scale
+    k_cache, v_cache, positions = state_tensors(
+        op, initial_state, 3, "(k_cache, v_cache, positions)"
+    )
+    q, k, v = autocast(q, k, v)
+    scale = default_scale(q) if scale is None else scale
     result = calls[op](
         q, k, v, k_cache, v_cache, positions, cu_seqlens, window, scale, output_final_state
     )
@@ -323,13 +275,11 @@ def sliding_window_decode(
             positions, or when grad is enabled and an input requires it.
     """
     op = "sliding_window_decode"
-    _forbid_grad(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    q, k, v = _autocast(q, k, v)
-    scale = _default_scale(q) if scale is None else scale
+    forbid_grad(op, q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    q, k, v = autocast(q, k, v)
+    scale = default_scale(q) if scale is None else scale
     cos, sin = (None, None) if rotary is None else rotary
-    return _ops.sliding_window_decode(
-        q, k, v, k_cache, v_cache, positions, state_indices, cos, sin, scale
-    )
+    return calls[op](q, k, v, k_cache, v_cache, positions, state_indices, cos, sin, scale)
 
 
 def short_conv(
@@ -364,8 +314,8 @@ def short_conv(
         RuntimeError: "short_conv: <argument>: expected ..., got ..." on mismatched arguments, K
             outside 2 ... 8, another activation, or bad cu_seqlens.
     """
-    silu = _silu("short_conv", activation)
-    x, weight, bias, gate = _autocast(x, weight, bias, gate)
+    silu = is_silu("short_conv", activation)
+    x, weight, bias, gate = autocast(x, weight, bias, gate)
     return calls["short_conv"](
         x, weight, bias, gate, initial_state, cu_seqlens, silu, output_final_state
     )
@@ -398,7 +348,7 @@ def short_conv_decode(
             enabled and an input requires it.
     """
     op = "short_conv_decode"
-    silu = _silu(op, activation)
-    _forbid_grad(op, x=x, weight=weight, conv_state=conv_state, bias=bias, gate=gate)
-    x, weight, bias, gate = _autocast(x, weight, bias, gate)
-    return _ops.short_conv_decode(x, weight, conv_state, bias, gate, state_indices, silu)
+    silu = is_silu(op, activation)
+    forbid_grad(op, x=x, weight=weight, conv_state=conv_state, bias=bias, gate=gate)
+    x, weight, bias, gate = autocast(x, weight, bias, gate)
+    return calls[op](x, weight, conv_state, bias, gate, state_indices, silu)
