@@ -10,7 +10,7 @@
 #include "primitives/cp_async.cuh"
 #include "primitives/decode_row.cuh"
 #include "primitives/element.cuh"
-#include "primitives/packed_vector.cuh"
+#include "primitives/vector.cuh"
 #include "sliding_window_decode/tuning.h"
 
 namespace based::cuda {
@@ -59,18 +59,18 @@ struct Partial {
 
 // kVec elements from global to shared memory: 16 bytes asynchronously, a lone element at once.
 template <class Element, int kVec>
-__device__ __forceinline__ void fetch(Packed<Element, kVec>* slot, const Element* source) {
+__device__ __forceinline__ void fetch(Vector<Element, kVec>* slot, const Element* source) {
   if constexpr (sizeof(*slot) == 16) {
     cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(slot)), source, true);
   } else {
-    *slot = *reinterpret_cast<const Packed<Element, kVec>*>(source);
+    *slot = *reinterpret_cast<const Vector<Element, kVec>*>(source);
   }
 }
 
 template <class Element, int kVec, int kChunks, int kLanes>
 __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM<kChunks>)
     sliding_window_decode_kernel(const __grid_constant__ WindowDecodeArgs a) {
-  using Vec = Packed<Element, kVec>;
+  using Vec = Vector<Element, kVec>;
   constexpr int kStages = kWindowDecodeStages;
   constexpr int kThreads = kWindowDecodeThreads, kWarps = kThreads / 32;
   constexpr int kGroups = kThreads / kLanes, kSize = kChunks * kVec;
@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
 #pragma unroll
       for (int i = 0; i < kVec; ++i) x[i] = own[at + i];
     } else if (s < present && at < V) {
-      fetched.to_floats(x);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) x[i] = fetched[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) x[i] = 0.0f;
