@@ -2,7 +2,7 @@
 
 The way through the files: config (what is built) -> model (the network and its state) ->
 text and data (tokens and batches) -> trainer and train (steps, and the loop around them) ->
-checkpoint (files on disk) -> generate (sampling).
+checkpoint (files on disk) -> sampling, engine and generate (what a trained model is for).
 """
 
 import os
@@ -13,6 +13,8 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from based_model.config import PRESETS, ModelConfig  # noqa: E402
+from based_model.engine import Engine, Request  # noqa: E402
 from based_model.model import Based, ModelState  # noqa: E402
+from based_model.sampling import Sampling  # noqa: E402
 
-__all__ = ["PRESETS", "Based", "ModelConfig", "ModelState"]
+__all__ = ["PRESETS", "Based", "Engine", "ModelConfig", "ModelState", "Request", "Sampling"]

@@ -5,6 +5,7 @@
 The memory in use does not grow with the length of the output, attention layers aside.
 """
 
+import random
 import signal
 import sys
 import time
@@ -19,29 +20,11 @@ from torch import Tensor
 from based_model.checkpoint import load_model, saved_tokenizer
 from based_model.cli import Repeatable, run_cli
 from based_model.config import ConfigError
+from based_model.engine import Engine
 from based_model.model import Based
+from based_model.sampling import Draws, Sampling, sample
 from based_model.state_file import Prefix, load_prefix, save_prefix
 from based_model.text import ByteText, TokenizerText, text_of_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn. ConfigError on values that make no distribution."""
-
-    # 0 takes the likeliest token, below 1 sharpens, above 1 flattens.
-    temperature: float = 0.8
-    # Keep only this many of the likeliest tokens; 0 keeps all.
-    top_k: int = 0
-    # Keep the smallest set of tokens with at least this probability in total; 1 keeps all.
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k: expected >= 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +75,6 @@ class GenerateConfig(Sampling):
         return [p.encode(errors="surrogateescape").decode(errors="replace") for p in prompts]
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draws one token per row: logits (N,vocab_size) -> (N,) int64."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits, tokens = (logits.float() / sampling.temperature).sort(-1, descending=True)
-    probs = logits.softmax(-1)
-    if sampling.top_k:
-        probs[:, sampling.top_k :] = 0
-    # A token stays if those ahead of it have not yet reached top_p; the first always stays.
-    ahead = probs.cumsum(-1) - probs
-    probs[ahead >= sampling.top_p * probs.sum(-1, keepdim=True)] = 0
-    return tokens.gather(-1, probs.multinomial(1, generator=generator))[:, 0]
-
-
 def read_prompts(model: Based, prompts: list[Tensor], prefix: Prefix | None = None) -> Prefix:
     """Reads prompts, (T_i,) int64 of any lengths, in one packed prefill.
 
@@ -134,38 +103,85 @@ def read_prompts(model: Based, prompts: list[Tensor], prefix: Prefix | None = No
 
 
 def continue_prefix(
-    model: Based,
-    prefix: Prefix,
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator | None = None,
+    model: Based, prefix: Prefix, max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    """Yields the next token of every text, (N,) int64, max_new_tokens times.
+    """The plain loop: yields the next token of every text, (N,) int64, max_new_tokens times.
 
     prefix moves on in place, one token behind: the newest is read when the next is asked for.
     """
     if prefix.logits.is_cuda and len(prefix) * model.config.nheads >= 2048:
         model.defer_writes(prefix.state)  # measured faster where the states fill the GPU
+    draws = Draws.greedy(len(prefix), prefix.logits.device)
+    for row, own in enumerate(seeds(seed, len(prefix))):
+        draws.set(row, sampling, own)
     for i in range(max_new_tokens):
-        tokens = sample(prefix.logits, sampling, generator)
+        tokens = sample(prefix.logits, draws, prefix.state.positions, sampling.restricted)
         yield tokens
         if i + 1 < max_new_tokens:
             prefix.logits = model.decode(tokens, prefix.state)
 
 
-def generate(
+def seeds(seed: int, rows: int) -> list[int]:
+    """One seed of its own for every row."""
+    source = random.Random(seed)
+    return [source.getrandbits(63) for _ in range(rows)]
+
+
+def continue_tokens(
     model: Based,
-    prompts: list[Tensor],
+    prefix: Prefix,
     max_new_tokens: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token of every prompt, (N,) int64, max_new_tokens times.
+    seed: int,
+    end_token: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yields the next token of every text, None behind its end_token, until all have ended.
+
+    On a GPU by the Engine, which leaves prefix as it is; elsewhere by the plain loop.
+    """
+    if not max_new_tokens:
+        return
+    if prefix.logits.is_cuda:
+        steps = _engine_steps(model, prefix, max_new_tokens, sampling, seed, end_token)
+    else:
+        plain = continue_prefix(model, prefix, max_new_tokens, sampling, seed)
+        steps = (tokens.tolist() for tokens in plain)
+    ended = [False] * len(prefix)
+    for tokens in steps:
+        yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
+        ended = [end or token == end_token for end, token in zip(ended, tokens, strict=True)]
+        if all(ended):
+            break
+
+
+def _engine_steps(
+    model: Based,
+    prefix: Prefix,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    end_token: int | None,
+) -> Iterator[list[int | None]]:
+    context = int(prefix.state.positions.max()) + max_new_tokens
+    engine = Engine(model, len(prefix), context=context)
+    requests = [
+        engine.add(row, max_new_tokens, sampling, seed=own, end_token=end_token)
+        for row, own in zip(prefix.rows(), seeds(seed, len(prefix)), strict=True)
+    ]
+    for i in range(max_new_tokens):
+        while any(len(r.tokens) <= i and not r.finished for r in requests):
+            engine.step()
+        yield [r.tokens[i] if i < len(r.tokens) else None for r in requests]
+
+
+def generate(
+    model: Based, prompts: list[Tensor], max_new_tokens: int, sampling: Sampling, seed: int = 0
+) -> Iterator[list[int]]:
+    """Yields the next token of every prompt, max_new_tokens times.
 
     prompts are (T_i,) int64 of any lengths >= 1; they are read in one packed prefill.
     """
-    prefix = read_prompts(model, prompts)
-    yield from continue_prefix(model, prefix, max_new_tokens, sampling, generator)
+    yield from continue_tokens(model, read_prompts(model, prompts), max_new_tokens, sampling, seed)
 
 
 def continue_text(
@@ -176,17 +192,12 @@ def continue_text(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[list[str]]:
-    """continue_prefix() as text: pieces of whole characters, each text to its end token."""
-    generator = torch.Generator(prefix.logits.device).manual_seed(seed)
+    """continue_tokens() as text: pieces of whole characters, each text to its end token."""
+    end_token = text.end_token
     decoders = [text.decoder() for _ in range(len(prefix))]
-    ended = [False] * len(prefix)
-    for tokens in continue_prefix(model, prefix, max_new_tokens, sampling, generator):
-        tokens = tokens.tolist()
-        ended = [e or t == text.end_token for e, t in zip(ended, tokens, strict=True)]
-        if all(ended):
-            break
-        rows = zip(ended, decoders, tokens, strict=True)
-        yield ["" if done else decoder(token) for done, decoder, token in rows]
+    for tokens in continue_tokens(model, prefix, max_new_tokens, sampling, seed, end_token):
+        rows = zip(decoders, tokens, strict=True)
+        yield ["" if token in (None, end_token) else decoder(token) for decoder, token in rows]
     yield [decoder(None) for decoder in decoders]
 
 

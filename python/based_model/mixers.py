@@ -1,8 +1,10 @@
 """The token mixers of a block: linear, window and conv of Based, attention of a Transformer.
 
 Each has two forms that compute the same function: forward() over sequences, which can take and
-give a state, and decode() for one token. Both return (output, state). Only the state of attention
-grows with the text; decode() of the others updates theirs in place.
+give a state, and returns (output, state); and decode() for one token, which also does what comes
+before it in a block: it takes the residual stream, what the last block has yet to add to it, and
+the norm, and returns (residual stream, output, state). Only the state of attention grows with the
+text; decode() of the others updates theirs in place.
 
 Shapes: B batch, T seqlen, N state rows (B, or the number of packed sequences), H heads,
 D feature_dim, F = 1 + D + D(D+1)/2, V head_dim, W window, K conv_width, S slots of a cache.
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from based_model.config import ModelConfig
+from based_model.fused import linear, norm_linear
 from based_ops import (
     linear_attention,
     linear_attention_decode,
@@ -40,7 +43,9 @@ class Span:
     sequence: Tensor | None = None  # (T,) the packed sequence of every token
     slots: int = 0  # tokens in the longest sequence after this call; counted for attention only
     output_state: bool = False
-    fill: Tensor | None = None  # (N,) in decode: tokens that wait in the rings of linear layers
+    # In decode, (N,) each:
+    fill: Tensor | None = None  # tokens that wait in the rings of linear layers
+    indices: Tensor | None = None  # row of the state of each token, -1 for none; by default i of i
 
     def run(self, op: Callable, *args, initial_state, **kwargs):
         """(out, final state or None) of a sequence op of based_ops."""
@@ -70,10 +75,6 @@ class LinearMixer(nn.Module):
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def _qkv(self, x: Tensor) -> list[Tensor]:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        return [proj(x).unflatten(-1, (self.nheads, -1)) for proj in projections]
-
     def state_size(self, seqlen: int) -> int:
         """Bytes of one row of the state; the same at every seqlen."""
         d_model, d_feature = self.v_proj.out_features, self.q_proj.out_features
@@ -83,8 +84,9 @@ class LinearMixer(nn.Module):
         return itemsize * expanded_dim * (d_model + self.nheads)
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
-        q, k, v = self._qkv(x)  # (B,T,H,D), (B,T,H,D), (B,T,H,V)
-        out, state = span.run(linear_attention, q, k, v, initial_state=state)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        qkv = [proj(x).unflatten(-1, (self.nheads, -1)) for proj in projections]
+        out, state = span.run(linear_attention, *qkv, initial_state=state)
         return self.out_proj(out.flatten(-2)), state
 
     def rings(self, state: LayerState, capacity: int) -> tuple[Tensor, Tensor]:
@@ -99,12 +101,26 @@ class LinearMixer(nn.Module):
             for n in widths
         )
 
-    def decode(self, x: Tensor, state: LayerState, span: Span):
+    def new_state(self, rows: int, capacity: int) -> LayerState:
+        """Of texts that have no token yet."""
+        weight, head_dim = self.v_proj.weight, self.v_proj.out_features // self.nheads
+        feature_dim = self.q_proj.out_features // self.nheads
+        expanded_dim = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        shape = (rows, self.nheads, expanded_dim)
+        return tuple(weight.new_zeros(*shape, *n, dtype=dtype) for n in ((head_dim,), ()))
+
+    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        x, *qkv = norm_linear(x, update, norm, *weights)
+        qkv = [y.unflatten(-1, (self.nheads, -1)) for y in qkv]
         if span.fill is None:
-            out = linear_attention_decode(*self._qkv(x), *state)
+            out = linear_attention_decode(*qkv, *state, state_indices=span.indices)
         else:
-            out = linear_attention_decode_deferred(*self._qkv(x), *state, span.fill)
-        return self.out_proj(out.flatten(-2)), state
+            out = linear_attention_decode_deferred(
+                *qkv, *state, span.fill, state_indices=span.indices
+            )
+        return x, linear(out.flatten(-2), self.out_proj.weight), state
 
 
 class WindowMixer(nn.Module):
@@ -119,31 +135,36 @@ class WindowMixer(nn.Module):
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def _qkv(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
-        return rotate(q, *span.rotary["window"]), rotate(k, *span.rotary["window"]), v
-
     def state_size(self, seqlen: int) -> int:
         """Bytes of one row of the state; the same at every seqlen."""
         return 2 * self.window * self.out_proj.in_features * self.out_proj.weight.itemsize
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
-        q, k, v = self._qkv(x, span)  # (B,T,H,V) each
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)  # (B,T,H,V) each
         out, state = span.run(
             sliding_window_attention,
-            q,
-            k,
+            rotate(q, *span.rotary["window"]),
+            rotate(k, *span.rotary["window"]),
             v,
             self.window,
             initial_state=None if state is None else (*state, span.start),
         )
         return self.out_proj(out.flatten(-2)), None if state is None else state[:2]
 
-    def decode(self, x: Tensor, state: LayerState, span: Span):
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
+    def new_state(self, rows: int, capacity: int) -> LayerState:
+        """Of texts that have no token yet."""
+        weight, head_dim = self.out_proj.weight, self.out_proj.in_features // self.nheads
+        shape = (rows, self.window, self.nheads, head_dim)
+        return weight.new_zeros(shape), weight.new_zeros(shape)
+
+    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
+        x, qkv = norm_linear(x, update, norm, self.qkv_proj.weight)
+        q, k, v = qkv.unflatten(-1, (3, self.nheads, -1)).unbind(-3)
         rotary = tuple(angles[:, 0] for angles in span.rotary["window"])
-        out = sliding_window_decode(q, k, v, *state, span.start, rotary=rotary)
-        return self.out_proj(out.flatten(-2)), state
+        out = sliding_window_decode(
+            q, k, v, *state, span.start, rotary=rotary, state_indices=span.indices
+        )
+        return x, linear(out.flatten(-2), self.out_proj.weight), state
 
 
 class ConvMixer(nn.Module):
@@ -176,18 +197,31 @@ class ConvMixer(nn.Module):
         )
         return self.out_proj(out), (conv_state,)
 
-    def decode(self, x: Tensor, state: LayerState, span: Span):
-        u, gate = self.in_proj(x).chunk(2, -1)
-        weight = self.conv_weight.to(u.dtype)
-        out = short_conv_decode(u, weight, *state, activation="silu", gate=gate)
-        return self.out_proj(out), state
+    def new_state(self, rows: int, capacity: int) -> LayerState:
+        """Of texts that have no token yet."""
+        d_inner, width = self.conv_weight.shape
+        return (self.conv_weight.new_zeros(rows, d_inner, width - 1),)
+
+    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
+        x, h = norm_linear(x, update, norm, self.in_proj.weight, bias=self.in_proj.bias)
+        u, gate = h.chunk(2, -1)
+        out = short_conv_decode(
+            u,
+            self.conv_weight.to(u.dtype),
+            *state,
+            activation="silu",
+            gate=gate,
+            state_indices=span.indices,
+        )
+        return x, linear(out, self.out_proj.weight, self.out_proj.bias), state
 
 
 class AttentionMixer(nn.Module):
     """Full causal softmax attention with rotary positions, the Transformer++ baseline.
 
     State: k_cache and v_cache (N,S,H,V), position p in slot p. Slots that hold no token yet are
-    zero; decode() fills them, and makes half as many new ones when there are none left.
+    zero; decode() fills them, and makes half as many new ones when there are none left. With
+    span.indices it makes none: tokens without a state go to the last slot, which is not read.
     """
 
     def __init__(self, config: ModelConfig):
@@ -197,7 +231,10 @@ class AttentionMixer(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def _qkv(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.nheads, -1)).unbind(-3)
+        return self._rotated(self.qkv_proj(x), span)
+
+    def _rotated(self, qkv: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unflatten(-1, (3, self.nheads, -1)).unbind(-3)
         return rotate(q, *span.rotary["attention"]), rotate(k, *span.rotary["attention"]), v
 
     def state_size(self, seqlen: int) -> int:
@@ -230,20 +267,29 @@ class AttentionMixer(nn.Module):
             out = out[place][None]
         return self.out_proj(out.flatten(-2)), (k_cache, v_cache)
 
-    def decode(self, x: Tensor, state: LayerState, span: Span):
-        q, k, v = self._qkv(x, span)  # (N,H,V) each
-        size = state[0].shape[1]
-        if span.slots > size:
+    def new_state(self, rows: int, capacity: int) -> LayerState:
+        """Of texts that have no token yet, with room for so many and one slot that is not read."""
+        weight, head_dim = self.out_proj.weight, self.out_proj.in_features // self.nheads
+        shape = (rows, capacity + 1, self.nheads, head_dim)
+        return weight.new_zeros(shape), weight.new_zeros(shape)
+
+    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
+        x, qkv = norm_linear(x, update, norm, self.qkv_proj.weight)
+        q, k, v = self._rotated(qkv, span)  # (N,H,V) each
+        size, slots = state[0].shape[1], span.start
+        if span.indices is not None:
+            slots = torch.where(span.indices < 0, size - 1, slots)
+        elif span.slots > size:
             state = tuple(_grown(cache, max(64, size + size // 2)) for cache in state)
         k_cache, v_cache = state
         rows = torch.arange(len(x), device=x.device)
-        k_cache[rows, span.start] = k
-        v_cache[rows, span.start] = v
+        k_cache[rows, slots] = k
+        v_cache[rows, slots] = v
         mask = torch.arange(span.slots, device=x.device) <= span.start[:, None, None, None]
         out = _attend(
             q[:, None], k_cache[:, : span.slots], v_cache[:, : span.slots], attn_mask=mask
         )
-        return self.out_proj(out[:, 0].flatten(-2)), state
+        return x, linear(out[:, 0].flatten(-2), self.out_proj.weight), state
 
 
 MIXERS = {

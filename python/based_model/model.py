@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from based_model.config import ModelConfig
+from based_model.fused import norm_linear, rotary_angles, swiglu_linear
 from based_model.mixers import MIXERS, LayerState, LinearMixer, Span
 from based_ops import linear_attention_fold
 
@@ -100,10 +101,11 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp(self.norm2(x)), state
 
-    def decode(self, x: Tensor, state: LayerState, span: Span):
-        mixed, state = self.mixer.decode(self.norm1(x), state, span)
-        x = x + mixed
-        return x + self.mlp(self.norm2(x)), state
+    def decode(self, x: Tensor, update: Tensor | None, state: LayerState, span: Span):
+        """One token per row: (x, update, state), where update is yet to be added to x."""
+        x, mixed, state = self.mixer.decode(x, update, self.norm1, state, span)
+        x, h = norm_linear(x, mixed, self.norm2, self.mlp.fc1.weight)
+        return x, swiglu_linear(h, self.mlp.fc2.weight), state
 
 
 class Based(nn.Module):
@@ -205,19 +207,39 @@ class Based(nn.Module):
         last = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1]
         return self.logits(last), state
 
+    def new_state(self, rows: int, capacity: int = 0) -> ModelState:
+        """Of so many texts without a token; of attention, with room for capacity of them."""
+        weight = self.embedding.weight
+        positions = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        layers = [layer.mixer.new_state(rows, capacity) for layer in self.layers]
+        return ModelState(layers, positions)
+
     @torch.no_grad()
-    def decode(self, tokens: Tensor, state: ModelState) -> Tensor:
-        """One token per row: tokens (N,) -> logits (N,vocab_size), state moves on in place."""
+    def decode(
+        self,
+        tokens: Tensor,
+        state: ModelState,
+        indices: Tensor | None = None,
+        slots: int | None = None,
+    ) -> Tensor:
+        """One token per row: tokens (N,) -> logits (N,vocab_size), state moves on in place.
+
+        indices (N,) is i or -1 for row i: rows of -1 leave the layers' states as they are, and
+        their logits mean nothing. slots says how many tokens attention has to look at, at least
+        those of the longest row; without it they are counted, which a GPU waits for.
+        """
         positions = state.positions
-        slots = self._slots(positions + 1)
-        span = Span(positions, positions, self._rotary(positions), slots=slots, fill=state.fill)
-        x = self._embed(tokens)
+        slots = self._slots(positions + 1) if slots is None else slots
+        rotary = self._rotary(positions)
+        span = Span(positions, positions, rotary, slots=slots, fill=state.fill, indices=indices)
+        x, update = self._embed(tokens), None
         for i, layer in enumerate(self.layers):
-            x, state.layers[i] = layer.decode(x, state.layers[i], span)
+            x, update, state.layers[i] = layer.decode(x, update, state.layers[i], span)
         state.positions += 1
         if state.fill is not None:
             state.fill.add_(1).remainder_(state.capacity)
-        return self.logits(x)
+        _, logits = norm_linear(x, update, self.norm, self.embedding.weight)
+        return logits[..., : self.config.vocab_size]
 
     def defer_writes(self, state: ModelState, capacity: int = 16):
         """From here on, decode() writes linear layers' states every capacity-th token only."""
@@ -244,9 +266,6 @@ class Based(nn.Module):
             ("attention", config.attention_rotary_dim),
         ):
             if mixer in config.layers:
-                # Angles in fp64: in fp32 the angle of position 10^6 is off by up to 0.06.
-                exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
-                angles = positions[..., None, None] * config.rotary_base ** (exponents / -dim)
                 dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
-                tables[mixer] = angles.cos().to(dtype), angles.sin().to(dtype)
+                tables[mixer] = rotary_angles(positions, dim, config.rotary_base, dtype)
         return tables

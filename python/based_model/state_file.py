@@ -40,6 +40,20 @@ class Prefix:
         layers = [tuple(repeat(x) for x in layer) for layer in self.state.layers]
         return Prefix(ModelState(layers, repeat(self.state.positions)), repeat(self.logits))
 
+    def rows(self) -> list["Prefix"]:
+        """Every text as a Prefix of its own, which shares memory with this."""
+        self.state.fold()
+        return [
+            Prefix(
+                ModelState(
+                    [tuple(x[i : i + 1] for x in layer) for layer in self.state.layers],
+                    self.state.positions[i : i + 1],
+                ),
+                self.logits[i : i + 1],
+            )
+            for i in range(len(self))
+        ]
+
 
 def save_prefix(path: Path, prefix: Prefix, model: Based):
     """Writes a Prefix of this model, replacing what is at path."""

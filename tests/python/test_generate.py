@@ -10,7 +10,8 @@ from based_model import Based, ModelConfig, generate
 from based_model.checkpoint import CheckpointError, save_checkpoint
 from based_model.cli import run_cli
 from based_model.config import ConfigError
-from based_model.generate import Sampling, continue_prefix, read_prompts, sample
+from based_model.generate import continue_prefix, read_prompts
+from based_model.sampling import Draws, Sampling, sample
 from based_model.state_file import Prefix, load_prefix, save_prefix
 from based_model.text import SEPARATOR, ByteText
 from training import one_thread_fixture  # noqa: F401
@@ -50,8 +51,7 @@ def prompts_of(*lengths):
 
 def continued(model, prefix, count, sampling=GREEDY, seed=0):
     """The next tokens (N,count); prefix stays as it is."""
-    generator = torch.Generator().manual_seed(seed)
-    steps = continue_prefix(model, prefix.fork(1), count, sampling, generator)
+    steps = continue_prefix(model, prefix.fork(1), count, sampling, seed)
     return torch.stack(list(steps), 1)
 
 
@@ -84,7 +84,7 @@ def test_stopping_at_any_token_changes_nothing(tmp_path, layers):
     for stop in range(1, 12, 5):
         moving = prefix.fork(1)
         # One more than is kept, because the newest token is not part of the state.
-        steps = list(continue_prefix(model, moving, stop + 1, GREEDY))
+        steps = list(continue_prefix(model, moving, stop + 1, GREEDY, 0))
         assert torch.equal(torch.stack(steps, 1), expected[:, : stop + 1])
         save_prefix(tmp_path / "state", moving, model)
         rest = continued(model, load_prefix(tmp_path / "state", model), 12 - stop)
@@ -135,7 +135,7 @@ def test_prompts_must_fit_the_state():
 def test_state_does_not_grow_with_the_output(tmp_path, layers):
     model, sizes = tiny_model(layers), set()
     prefix = read_prompts(model, prompts_of(3))
-    for i, _ in enumerate(continue_prefix(model, prefix, 200, GREEDY)):
+    for i, _ in enumerate(continue_prefix(model, prefix, 200, GREEDY, 0)):
         if i % 50 == 0:
             save_prefix(tmp_path / "state", prefix, model)
             sizes.add((prefix.state.nbytes(), (tmp_path / "state").stat().st_size))
@@ -197,33 +197,76 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
     assert file.read_bytes() == before
 
 
+def drawn(logits, rows=1, position=5, **settings):
+    """One token for each of so many seeds."""
+    draws = Draws.greedy(rows, "cpu")
+    for row in range(rows):
+        draws.set(row, Sampling(**settings), row)
+    restricted = Sampling(**settings).restricted
+    return sample(logits, draws, torch.full((rows,), position), restricted)
+
+
 def test_sampling_restricts_the_support():
     probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
     logits = probs.log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
 
-    def drawn(**settings):
-        counts = sample(logits, Sampling(**settings), generator).bincount(minlength=4)
-        return (counts / 4000).tolist()
+    def shares(**settings):
+        return (drawn(logits, 4000, **settings).bincount(minlength=4) / 4000).tolist()
 
     def about(*expected):
         return pytest.approx(expected, abs=0.04)
 
-    assert drawn(temperature=0.0) == [0, 1, 0, 0]
-    assert drawn(temperature=1.0) == about(*probs.tolist())
-    assert drawn(temperature=0.5) == about(*(probs**2 / (probs**2).sum()).tolist())
-    assert drawn(temperature=1.0, top_k=2) == about(0, 2 / 3, 0, 1 / 3)
-    assert drawn(temperature=1.0, top_k=9) == about(*probs.tolist())
-    assert drawn(temperature=1.0, top_p=0.7) == about(0, 2 / 3, 0, 1 / 3)
-    assert drawn(temperature=1.0, top_p=0.01) == [0, 1, 0, 0]
-    top_k_1 = sample(torch.randn(50, 256), Sampling(top_k=1), generator)
-    assert top_k_1.shape == (50,)
+    assert shares(temperature=0.0) == [0, 1, 0, 0]
+    assert shares(temperature=1.0) == about(*probs.tolist())
+    assert shares(temperature=0.5) == about(*(probs**2 / (probs**2).sum()).tolist())
+    assert shares(temperature=1.0, top_k=2) == about(0, 2 / 3, 0, 1 / 3)
+    assert shares(temperature=1.0, top_k=9) == about(*probs.tolist())
+    assert shares(temperature=1.0, top_p=0.7) == about(0, 2 / 3, 0, 1 / 3)
+    assert shares(temperature=1.0, top_p=0.01) == [0, 1, 0, 0]
+    assert shares(temperature=1.0, top_k=3, top_p=0.85) == about(
+        0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9
+    )
+    assert shares(temperature=1.0, top_k=3, top_p=0.8) == about(0, 2 / 3, 0, 1 / 3)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (1, 1.0), (7, 1.0), (100, 0.9), (3, 0.3)])
+def test_the_support_is_the_one_that_sorting_gives(top_k, top_p):
+    from based_model.sampling import _kept
+
+    logits = 3 * torch.randn(20, 257)
+    row = torch.ones(20, 1)
+    kept = _kept(logits, row, top_k * row.long(), top_p * row)
+    probs, order = logits.double().softmax(-1).sort(-1, descending=True)
+    if top_k:
+        probs[:, top_k:] = 0
+    ahead = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)
+    expected = torch.zeros_like(kept).scatter(-1, order, (probs > 0) & (ahead < top_p))
+    assert torch.equal(kept, expected) and kept.any(-1).all()
+
+
+def test_noise_is_uniform_and_has_no_pattern():
+    """Of tokens, of positions and of seeds, which differ in few bits."""
+    from based_model.sampling import _gumbel
+
+    seeds, positions = torch.arange(300)[:, None], torch.full((300, 1), 7)
+    for noise in (_gumbel(seeds, positions, 300), _gumbel(positions, seeds, 300)):
+        uniform = (-(-noise).exp()).exp().double()
+        counts = uniform.flatten().mul(64).long().bincount(minlength=64)
+        assert ((counts - 90000 / 64) ** 2).sum() / (90000 / 64) < 120  # chi^2 of 63 degrees
+        for x in (uniform, uniform.T):
+            correlations = torch.corrcoef(x) - torch.eye(300)
+            assert correlations.abs().max() < 6 / 300**0.5
+    same = _gumbel(torch.tensor([[3]]), torch.tensor([[9]]), 50)
+    both = _gumbel(torch.tensor([[8], [3]]), torch.tensor([[1], [9]]), 50)
+    assert torch.equal(same[0], both[1])
+    large = torch.tensor([[2**62 + 1], [1]])
+    assert not torch.equal(*_gumbel(large, torch.ones_like(large), 50))
 
 
 def test_greedy_generation_follows_the_full_forward_for_every_prompt():
     model, prompts = tiny_model(), prompts_of(3, 1, 12)
-    steps = torch.stack(list(generate.generate(model, prompts, 10, GREEDY)), 1)
-    for prompt, row in zip(prompts, steps, strict=True):
+    steps = generate.generate(model, prompts, 10, GREEDY)
+    for prompt, row in zip(prompts, torch.tensor(list(steps)).T, strict=True):
         text = prompt
         for token in row:
             assert model(text[None])[0, -1].argmax() == token

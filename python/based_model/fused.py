@@ -1,0 +1,88 @@
+"""What a decode step computes between the ops of based_ops: norms, projections, SwiGLU.
+
+Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile, and for a
+single row, where reading the weights is all there is to do, they are parts of a kernel of our own
+for the product behind them (gemv.py).
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+
+def compiled_on_gpu(function: Callable) -> Callable:
+    """function, compiled by torch.compile where its first argument is on a GPU and no graph for
+    gradients is recorded."""
+    compiled = torch.compile(function)
+
+    @wraps(function)
+    def call(x, *args):
+        here = x.is_cuda and not torch.is_grad_enabled() and not is_compiling()
+        return (compiled if here else function)(x, *args)
+
+    return call
+
+
+@compiled_on_gpu
+def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + update, its RMSNorm in the dtype of weight); x (N,d) is the residual stream."""
+    x = x if update is None else x + update
+    normed = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return x, normed.to(weight.dtype)
+
+
+@compiled_on_gpu
+def swiglu(h: Tensor) -> Tensor:
+    """value * silu(gate) of h = (value, gate): (N,2m) -> (N,m)."""
+    value, gate = h.chunk(2, -1)
+    return value * F.silu(gate)
+
+
+@compiled_on_gpu
+def rotary_angles(positions: Tensor, dim: int, base: float, dtype: torch.dtype):
+    """cos and sin (*positions, 1, R) of position * base^(-2j/dim), R = ceil(dim/2)."""
+    # Angles in fp64: in fp32 the angle of position 10^6 is off by up to 0.06.
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[..., None, None] * base ** (exponents / -dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def norm_linear(
+    x: Tensor, update: Tensor | None, norm: nn.Module, *weights: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """(x + update, its RMSNorm times weights[0]^T + bias, times weights[1]^T + bias, ...)."""
+    if _single_row(x, weights[0]):
+        from based_model.gemv import gemv
+
+        first, *rest = weights
+        x, out = gemv(x, first, bias, update=update, norm=norm)
+        return x, out, *(gemv(x, weight, bias, norm=norm)[1] for weight in rest)
+    x, normed = add_norm(x, update, norm.weight, norm.eps)
+    return x, *(F.linear(normed, weight, bias) for weight in weights)
+
+
+def swiglu_linear(h: Tensor, weight: Tensor) -> Tensor:
+    """swiglu(h) times weight^T: (N,2m) -> (N,d)."""
+    if _single_row(h, weight):
+        from based_model.gemv import gemv
+
+        return gemv(h, weight, swiglu=True)[1]
+    return F.linear(swiglu(h), weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, for a single row too."""
+    if _single_row(x, weight):
+        from based_model.gemv import gemv
+
+        return gemv(x, weight, bias)[1]
+    return F.linear(x, weight, bias)
+
+
+def _single_row(x: Tensor, weight: Tensor) -> bool:
+    plain = x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
+    return plain and len(x) == 1 and weight.dtype != torch.float64

@@ -1,0 +1,150 @@
+"""How the next token is drawn from logits, the same on every device and in every batch.
+
+The noise of a draw is a hash of the request's seed, the position in its text and the token, so it
+depends neither on the row of a batch nor on what was drawn before or beside it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from based_model.config import ConfigError
+from based_model.fused import compiled_on_gpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. ConfigError on values that make no distribution."""
+
+    # 0 takes the likeliest token, below 1 sharpens, above 1 flattens.
+    temperature: float = 0.8
+    # Keep only this many of the likeliest tokens (and those equally likely as the last); 0 keeps
+    # all.
+    top_k: int = 0
+    # Keep the smallest set of tokens with at least this probability in total; 1 keeps all.
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k: expected >= 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+@dataclass
+class Draws:
+    """Sampling and seed of N rows, as tensors (N,)."""
+
+    temperature: Tensor  # float32
+    top_k: Tensor  # int64
+    top_p: Tensor  # float32
+    seed: Tensor  # int64
+
+    @classmethod
+    def greedy(cls, rows: int, device: torch.device) -> "Draws":
+        """Rows that take the likeliest token."""
+        temperature, top_p = torch.zeros(rows, device=device), torch.ones(rows, device=device)
+        top_k, seed = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        return cls(temperature, top_k, top_p, seed)
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        return Draws(*(x[rows] for x in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        return [self.temperature, self.top_k, self.top_p, self.seed]
+
+    def set(self, row: int, sampling: Sampling, seed: int):
+        """Writes one row; on a GPU nothing waits."""
+        self.temperature[row], self.top_k[row] = sampling.temperature, sampling.top_k
+        self.top_p[row], self.seed[row] = sampling.top_p, seed
+
+
+def sample(logits: Tensor, draws: Draws, positions: Tensor, restricted: bool) -> Tensor:
+    """Draws one token per row: logits (N,vocab_size) -> (N,) int64.
+
+    positions (N,) int64 counts the tokens before the one to draw. restricted says whether any row
+    has a top_k or top_p to follow; to other rows it makes no difference.
+    """
+    return _sample(logits, *draws.tensors(), positions, restricted)
+
+
+@compiled_on_gpu
+def _sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    positions: Tensor,
+    restricted: bool,
+) -> Tensor:
+    # The largest of logits / temperature + Gumbel noise is a draw from their softmax; times
+    # temperature that is the likeliest token at temperature 0.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    noise = _gumbel(seed[:, None], positions[:, None], logits.shape[-1])
+    scores = logits + temperature[:, None] * noise
+    if restricted:
+        kept = _kept(logits, temperature[:, None], top_k[:, None], top_p[:, None])
+        scores = scores.masked_fill(~kept, -torch.inf)
+    return scores.argmax(-1)
+
+
+def _kept(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """(N,vocab_size) bool: the tokens that top_k leaves, and top_p of these."""
+    probs = (logits.float() / temperature.clamp(min=1e-6)).softmax(-1)
+    many = torch.where(top_k > 0, top_k, logits.shape[-1])
+    kept = probs >= _threshold(lambda ahead: ahead.sum(-1, keepdim=True) < many, probs)
+    # A token stays if those ahead of it have not yet reached top_p; the first always stays.
+    probs = probs.masked_fill(~kept, 0)
+    share = torch.where(top_p < 1, top_p * probs.sum(-1, keepdim=True), torch.inf)
+
+    def too_few(ahead: Tensor) -> Tensor:
+        return probs.masked_fill(~ahead, 0).sum(-1, keepdim=True) < share
+
+    return kept & (probs >= _threshold(too_few, probs))
+
+
+def _threshold(too_few, probs: Tensor) -> Tensor:
+    """(N,1): the smallest float32 x >= 0 for which the tokens above x are still too few.
+
+    Bisects the 30 bits of floats in [0, 1], which are ordered as the floats are: exact, and far
+    less work on a GPU than to sort.
+    """
+    low = torch.full_like(probs[:, :1], -1, dtype=torch.int32)
+    high = torch.full_like(low, 0x3F800000)
+    for _ in range(30):
+        middle = (low + high + 1) >> 1
+        enough = ~too_few(probs > middle.view(torch.float32))
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return high.view(torch.float32)
+
+
+def _gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel noise (N,vocab_size) of seed and position (N,1) int64."""
+    words = seed & _WORD, seed >> 32 & _WORD, position & _WORD
+    key = other = torch.zeros_like(seed)
+    for word in words:
+        key, other = _mix(key ^ word), _mix(other + word + 1 & _WORD)
+    tokens = torch.arange(vocab_size, device=seed.device)
+    bits = _mix(_mix(key ^ tokens) ^ other)
+    # Fine steps near 0, where the largest noise comes from; never 1, whose noise is infinite.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -(-(-uniform).log1p()).log()
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words (in int64) that leaves no pattern: lowbias32 of C. Wellons."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _WORD
+    x = (x ^ x >> 15) * 0x846CA68B & _WORD
+    return x ^ x >> 16

@@ -1,0 +1,146 @@
+"""The engine on a GPU: its graph against the whole-sequence forward, its kernel against fp64."""
+
+import pytest
+import torch
+
+from based_model import PRESETS, Based, Engine, ModelConfig, Sampling
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+
+SMALL = ModelConfig(
+    layers=("conv", "linear", "window", "conv", "attention"),
+    d_model=256,
+    mlp_dim=512,
+    nheads=4,
+    feature_dim=16,
+    window=64,
+    vocab_size=1000,
+)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows, width", [(1, 1), (7, 3), (50264, 1792), (1680, 4608), (129, 70)])
+@pytest.mark.parametrize("first", ["nothing", "norm", "update and norm", "swiglu"])
+def test_gemv_on_cuda(rows, width, first, dtype):
+    from based_model.gemv import gemv
+
+    weight, bias = randn(rows, width, dtype=dtype), randn(rows, dtype=dtype)
+    x, update = randn(1, width), randn(1, width, dtype=dtype)
+    norm = torch.nn.RMSNorm(width, eps=1e-5, device="cuda", dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    if first == "swiglu":
+        x = randn(1, 2 * width, dtype=dtype)
+        vector = x[:, :width].double() * torch.nn.functional.silu(x[:, width:].double())
+        summed, out = gemv(x, weight, bias, swiglu=True)
+    elif first == "nothing":
+        x = x.to(dtype)
+        summed, out = gemv(x, weight, bias)
+        vector = x.double()
+    else:
+        update = update if first == "update and norm" else None
+        vector = total = x.double() + (0 if update is None else update.double())
+        summed, out = gemv(x, weight, bias, update=update, norm=norm.requires_grad_(False))
+        vector = vector * (vector.square().mean() + 1e-5).rsqrt() * norm.weight.double()
+        assert summed.dtype == torch.float32 and (summed - total).abs().max() < 1e-6
+    expected = vector @ weight.double().T + bias.double()
+    bound = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert out.dtype == dtype and out.shape == (1, rows)
+    assert (out.double() - expected).norm() <= bound * expected.norm()
+
+
+class Recorded(Engine):
+    """Keeps the logits of the newest step."""
+
+    def __init__(self, model, slots, **options):
+        super().__init__(model, slots, **options)
+        self.logits = torch.full((slots, model.config.vocab_size), float("nan"), device="cuda")
+        decode = model.decode
+
+        def recorded(tokens, *args):
+            logits = decode(tokens, *args)
+            self.logits[: len(logits)] = logits
+            return logits
+
+        model.decode = recorded
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8, 40])
+@pytest.mark.parametrize("config", [SMALL, PRESETS["based-360m"]], ids=["small", "based-360m"])
+def test_graph_on_cuda_follows_the_forward(config, slots):
+    """Teacher-forced: logits within 2e-2 of forward(), the argmax where the margin is larger."""
+    if config is not SMALL and slots == 2:
+        pytest.skip("the larger model is run at three sizes")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Based(config).bfloat16().requires_grad_(False)
+    engine = Recorded(model, slots, context=256, batch_sizes=[slots])
+    prompts = torch.randint(config.vocab_size, (slots, 150)).tolist()
+    requests = [
+        engine.add(prompt[: 20 + i % 130], 60, Sampling(temperature=1.0), seed=i)
+        for i, prompt in enumerate(prompts)
+    ]
+    seen = [[] for _ in requests]
+    while not all(r.finished for r in requests):
+        drawn = [r.drawn for r in requests]
+        slot_of = [r.slot for r in requests]
+        engine.step()
+        logits = engine.logits.clone()
+        for i, r in enumerate(requests):
+            if slot_of[i] is not None and r.drawn > drawn[i]:
+                seen[i].append(logits[slot_of[i]])
+            elif r.drawn > max(drawn[i], 1):
+                seen[i].append(logits[r.slot if r.slot is not None else i])
+    for request, prompt, own in zip(requests, prompts, seen):
+        prompt = prompt[: len(request.prompt)]
+        text = torch.tensor([prompt + request.tokens], device="cuda")
+        with torch.no_grad():
+            expected = model(text)[0, len(prompt) : -1].float()
+        got = torch.stack(own)
+        assert got.shape == expected.shape
+        assert (got - expected).abs().max() < 2e-2
+        first, second = expected.topk(2, -1).values.unbind(-1)
+        clear = first - second > 2e-2
+        assert clear.any() and torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("slots", [8, 130])
+def test_bits_on_cuda_do_not_depend_on_the_slot(slots):
+    """In products of many rows too: the same sequence in every slot gives the same state."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Based(PRESETS["based-360m"]).bfloat16().requires_grad_(False)
+    engine = Engine(model, slots, batch_sizes=[slots])
+    others = [engine.add([i % 50257], 30, Sampling(), seed=i) for i in range(slots // 2)]
+    same = [engine.add(range(9), 30, Sampling(), seed=1) for _ in range(slots - len(others))]
+    for _ in range(20):
+        engine.step()
+    places = [request.slot for request in same]
+    for layer in engine.state.layers:
+        for x in layer[:2]:
+            own = x[places]
+            assert own.isfinite().all() and torch.equal(own, own[:1].expand_as(own))
+    for _ in engine.run():
+        pass
+    assert all(request.tokens == same[0].tokens for request in same)
+
+
+def test_steps_on_cuda_do_not_wait_for_the_host():
+    """Once the graphs are there: the only wait is for the tokens of the step before."""
+    with torch.device("cuda"):
+        model = Based(SMALL).bfloat16().requires_grad_(False)
+    engine = Engine(model, 4, context=100)
+    warm = [engine.add([1], 40, Sampling(top_k=5)) for _ in range(4)]
+    while not all(request.finished for request in warm):
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        requests = [engine.add([1], 40, Sampling(top_k=5)) for _ in range(4)]
+        while not all(request.finished for request in requests):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(a.tokens == b.tokens for a, b in zip(warm, requests, strict=True))
