@@ -1,4 +1,5 @@
-"""What a decode step computes between the ops of based_ops: norms, projections, SwiGLU.
+"""What the model computes between the ops of based_ops: norms, SwiGLU, rotary, and in a decode step
+the projections behind them.
 
 Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile, and for a
 single row, where reading the weights is all there is to do, they are parts of a kernel of our own
@@ -28,11 +29,16 @@ def compiled_on_gpu(function: Callable) -> Callable:
 
 
 @compiled_on_gpu
-def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + update, its RMSNorm in the dtype of weight); x (N,d) is the residual stream."""
-    x = x if update is None else x + update
-    normed = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return x, normed.to(weight.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim, computed in x's dtype, returned in weight's."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(weight.dtype)
+
+
+@compiled_on_gpu
+def add_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + update, rms_norm of that)."""
+    x = x + update
+    return x, F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(weight.dtype)
 
 
 @compiled_on_gpu
@@ -40,6 +46,17 @@ def swiglu(h: Tensor) -> Tensor:
     """value * silu(gate) of h = (value, gate): (N,2m) -> (N,m)."""
     value, gate = h.chunk(2, -1)
     return value * F.silu(gate)
+
+
+@compiled_on_gpu
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (..., H, V) by cos and sin (..., 1, R): dim j is paired with j + R.
+
+    Dims from 2R on stay as they are.
+    """
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).to(x.dtype)
 
 
 @compiled_on_gpu
@@ -61,7 +78,10 @@ def norm_linear(
         first, *rest = weights
         x, out = gemv(x, first, bias, update=update, norm=norm)
         return x, out, *(gemv(x, weight, bias, norm=norm)[1] for weight in rest)
-    x, normed = add_norm(x, update, norm.weight, norm.eps)
+    if update is None:
+        normed = rms_norm(x, norm.weight, norm.eps)
+    else:
+        x, normed = add_norm(x, update, norm.weight, norm.eps)
     return x, *(F.linear(normed, weight, bias) for weight in weights)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from based_model.config import ModelConfig
-from based_model.fused import linear, norm_linear
+from based_model.fused import linear, norm_linear, rotate
 from based_ops import (
     linear_attention,
     linear_attention_decode,
@@ -298,16 +298,6 @@ MIXERS = {
     "conv": ConvMixer,
     "attention": AttentionMixer,
 }
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (..., H, V) by cos and sin (..., 1, R): dim j is paired with j + R.
-
-    Dims from 2R on stay as they are.
-    """
-    half = cos.shape[-1]
-    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).to(x.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from based_model.config import ModelConfig
-from based_model.fused import norm_linear, rotary_angles, swiglu_linear
+from based_model.fused import (
+    add_norm,
+    norm_linear,
+    rms_norm,
+    rotary_angles,
+    swiglu,
+    swiglu_linear,
+)
 from based_model.mixers import MIXERS, LayerState, LinearMixer, Span
 from based_ops import linear_attention_fold
 
@@ -69,8 +76,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return out.to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -82,8 +88,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.fc1(x).chunk(2, -1)
-        return self.fc2(value * F.silu(gate))
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -98,8 +103,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
         mixed, state = self.mixer(self.norm1(x), state, span)
-        x = x + mixed
-        return x + self.mlp(self.norm2(x)), state
+        x, h = add_norm(x, mixed, self.norm2.weight, self.norm2.eps)
+        return x + self.mlp(h), state
 
     def decode(self, x: Tensor, update: Tensor | None, state: LayerState, span: Span):
         """One token per row: (x, update, state), where update is yet to be added to x."""
