@@ -2,6 +2,7 @@
 #include "linear_attention/backward_dq.cuh"
 #include "linear_attention/launch.cuh"
 #include "linear_attention/simt_bwd.cuh"
+#include "linear_attention/stray_tokens.cuh"
 
 namespace based::cuda {
 namespace {
@@ -54,10 +55,21 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
   float* partial = a.delta + layout.scalars;
   if (a.tiles > 1) a.partial_dq = partial, a.partial_dk = partial + layout.gradient;
   a.partial_r = partial + 2 * layout.gradient;
+  // The shares of a tile, as a tensor.
+  const auto shares = [&](float* data) {
+    TensorView view = p.q;
+    view.data = data, view.dtype = DType::kFloat32;
+    view.stride[1] = a.heads * Tr::D, view.stride[2] = Tr::D;
+    return view;
+  };
 
   const int64_t blocks = a.segments * a.heads * a.tiles;
   const bool cut = is_cut(a);
   Status status;
+  if (a.tiles > 1) {
+    status = fill_stray_tokens(op, p.cu_seqlens, {shares(a.partial_dq), shares(a.partial_dk)},
+                               stream);
+  }
   const auto then = [&](const auto& next) {
     if (status.ok()) status = next();
   };
@@ -121,14 +133,16 @@ Status linear_attention_backward(const LinearAttentionBackwardParams& p, void* w
   Status status = validate(p);
   if (status.ok()) status = check_supported(op, p);
   if (!status.ok() || p.q.size[0] * p.q.size[2] == 0) return status;
-  if (p.q.dtype == DType::kFloat32) return simt_backward(op, p, workspace, stream);
   const std::pair<const char*, const TensorView*> tensors[] = {
       {"q", &p.q},   {"k", &p.k},   {"v", &p.v},  {"dout", &p.dout},
       {"dq", &p.dq}, {"dk", &p.dk}, {"dv", &p.dv}};
+  const bool simt = p.q.dtype == DType::kFloat32;
   for (const auto& [name, view] : tensors) {
-    if (status.ok()) status = check_aligned(op, name, *view);
+    if (status.ok() && !simt) status = check_aligned(op, name, *view);
   }
+  if (status.ok()) status = fill_stray_tokens(op, p.cu_seqlens, {p.dq, p.dk, p.dv}, stream);
   if (!status.ok()) return status;
+  if (simt) return simt_backward(op, p, workspace, stream);
   return dispatch_traits(op, p, [&](auto traits) {
     return run<typename decltype(traits)::type>(op, p, workspace, stream);
   });

@@ -1,6 +1,7 @@
 #include "linear_attention/forward.cuh"
 #include "linear_attention/launch.cuh"
 #include "linear_attention/simt.cuh"
+#include "linear_attention/stray_tokens.cuh"
 
 namespace based::cuda {
 namespace {
@@ -58,13 +59,15 @@ Status linear_attention(const LinearAttentionParams& p, void* workspace, Stream 
   Status status = validate(p);
   if (status.ok()) status = check_supported(op, p);
   if (!status.ok() || p.q.size[0] * p.q.size[2] == 0) return status;
-  if (p.q.dtype == DType::kFloat32) return simt_forward(op, p, stream);
   const std::pair<const char*, const TensorView*> tensors[] = {
       {"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"out", &p.out}};
+  const bool simt = p.q.dtype == DType::kFloat32;
   for (const auto& [name, view] : tensors) {
-    if (status.ok()) status = check_aligned(op, name, *view);
+    if (status.ok() && !simt) status = check_aligned(op, name, *view);
   }
+  if (status.ok()) status = fill_stray_tokens(op, p.cu_seqlens, {p.out}, stream);
   if (!status.ok()) return status;
+  if (simt) return simt_forward(op, p, stream);
   return dispatch_traits(op, p, [&](auto traits) {
     return run<typename decltype(traits)::type>(op, p, workspace, stream);
   });
