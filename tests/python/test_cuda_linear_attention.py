@@ -1,5 +1,7 @@
 """Linear attention on a GPU: every size it has kernels for, segments, streams, graphs."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -101,6 +103,40 @@ def test_bounds_that_make_no_sense_touch_no_other_memory(dtype, bounds):
     out, state = op(*leaves, cu_seqlens=torch.tensor(bounds, device="cuda"))
     sum(x.float().sum() for x in (out, *state)).backward()
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("bounds", [[3, 140, 290], [0, 140, 290], [3, 140, 300], [7], [0, 0]])
+@pytest.mark.parametrize("width, dtype", [(64, BF16), (112, BF16), (64, F16), (24, F32)])
+def test_tokens_of_no_sequence_are_nan(width, dtype, bounds):
+    """In out and the gradients; the sequences that there are come out as ever."""
+    leaves = [x.requires_grad_() for x in make(1, 300, 2, 16, width, dtype, "cuda")]
+    dout = torch.randn_like(leaves[2])
+
+    def call(tokens, **options):
+        some = [x[:, tokens] for x in leaves]
+        out = based_ops.linear_attention(*some, **options)
+        return [out, *torch.autograd.grad(out, some, dout[:, tokens])]
+
+    memory = [torch.full_like(x, 7) for x in (*leaves, dout) for _ in range(2)]
+    del memory  # what is not written shows as a 7
+    results = call(slice(0, 300), cu_seqlens=torch.tensor(bounds, device="cuda"))
+    stray = torch.ones(300, dtype=torch.bool, device="cuda")
+    for begin, end in itertools.pairwise(bounds):
+        stray[begin:end] = False
+        expected = call(slice(begin, end))
+        assert_close([x[:, begin:end] for x in results], expected, dtype, gradients=True)
+    assert all(x[:, stray].isnan().all() for x in results)
+
+
+@pytest.mark.parametrize("width, dtype", [(64, BF16), (112, F16), (24, F32)])
+def test_bounds_that_fall_leave_nothing_unwritten(width, dtype):
+    leaves = [x.requires_grad_() for x in make(1, 300, 2, 16, width, dtype, "cuda")]
+    memory = [torch.full_like(x, 7) for x in leaves for _ in range(2)]
+    del memory
+    bounds = torch.tensor([0, 200, 100, 250], device="cuda")
+    out = based_ops.linear_attention(*leaves, cu_seqlens=bounds)
+    grads = torch.autograd.grad(out, leaves, torch.randn_like(out))
+    assert all((x != 7).all() and x[:, 250:].isnan().all() for x in (out, *grads))
 
 
 @pytest.mark.parametrize(
