@@ -85,33 +85,6 @@ def test_any_window(window, head_dim, device):
     check_call(make(2, 9, 3, head_dim, F32, device), window, F32, state)
 
 
-@pytest.mark.parametrize(
-    "head_dim, window",
-    [(8, 64), (64, 128), (64, 129), (72, 17), (112, 128), (112, 256), (128, 128), (128, 50)]
-    + [(200, 65), (256, 100)],
-)
-def test_many_tiles(head_dim, window, device, dtype):
-    """More tokens than a tile has rows, in every width that kernels are made for."""
-    state = make_state([0, window - 5, 2 * window + 3], window, 2, head_dim, dtype, device)
-    check_call(make(3, 290, 2, head_dim, dtype, device), window, dtype, state)
-    bounds = [0, 130, 130, 137, 290]
-    cu_seqlens = torch.tensor(bounds, device=device)
-    check_call(make(1, 290, 2, head_dim, dtype, device), window, dtype, cu_seqlens=cu_seqlens)
-
-
-@pytest.mark.parametrize("offset", [1, 2, 4])
-def test_unaligned_views(offset, device, dtype):
-    """Rows that start anywhere: 16-byte accesses are not to be taken for granted."""
-    tensors = make(2, 140, 2, 64, dtype, device)
-    padded = [torch.cat([x[..., :offset], x], -1)[..., offset:] for x in tensors]
-    assert all(x.stride(2) == 64 + offset for x in padded)
-    check_call(padded, 70, dtype)
-    # Aligned or not, a row is the same row.
-    assert all(
-        torch.equal(a, b) for a, b in zip(flatten(op(*padded, 70)), flatten(op(*tensors, 70)))
-    )
-
-
 def test_positions_beyond_32_bits(device):
     """Only position mod W and how far the ring is filled matter."""
     tensors = make(2, 9, 2, 5, F32, device)
@@ -219,22 +192,6 @@ def test_split_equals_full(seqlen, position, window, device):
             dtype,
             gradients=True,
         )
-
-
-@pytest.mark.ops("sliding_window_attention", "sliding_window_decode")
-@pytest.mark.parametrize("window", [1, 3, 32, 100])
-@pytest.mark.parametrize("prefill", [0, 1, 20, 66])
-def test_token_by_token_equals_full(prefill, window, device, dtype):
-    tensors = make(2, 70, 3, 5, dtype, device)
-    full, (*full_rings, _) = op(*tensors, window)
-    out, (*rings, positions) = op(*(x[:, :prefill] for x in tensors), window)
-    outs = [out]
-    for t in range(prefill, 70):
-        step = based_ops.sliding_window_decode(*(x[:, t] for x in tensors), *rings, positions)
-        outs.append(step[:, None])
-        positions += 1
-    assert_close(torch.cat(outs, 1), full, dtype)
-    assert all(torch.equal(a, b) for a, b in zip(rings, full_rings))
 
 
 BOUNDS = [0, 0, 3, 3, 4, 41, 90, 90]
@@ -426,39 +383,6 @@ def test_inputs_are_neither_changed_nor_aliased(seqlen, device):
 def test_long_sequence(window, device):
     state = make_state([3 * window + 50], window, 1, 16, F32, device)
     check_call(make(1, 1500, 1, 16, F32, device), window, F32, state)
-
-
-@pytest.mark.ops("sliding_window_decode")
-@pytest.mark.parametrize("window", [191, 192, 193, 1000])
-def test_decode_of_a_large_ring(window, device):
-    """One row with a full ring, one with a partly filled one."""
-    *rings, positions = make_state([7 * window + 5, window - 7], window, 2, 8, F32, device)
-    token = make(2, 1, 2, 8, F32, device)
-    state = [x.cpu() for x in (*rings, positions)]
-    expected, *after, _ = definition(*(x.cpu() for x in token), window, *state)
-    out = based_ops.sliding_window_decode(*(x[:, 0] for x in token), *rings, positions)
-    assert_close([out, *rings], [expected[:, 0], *after], F32)
-
-
-@pytest.mark.ops("sliding_window_decode")
-@pytest.mark.parametrize("angles", [0, 1, 3, 5])
-def test_decode_rotates_q_and_k(angles, device, dtype):
-    """As if q and k had been rotated and rounded before the call."""
-    wide = F64 if dtype == F64 else F32
-    *rings, positions = make_state([9, 2, 4], 4, 2, 10, dtype, device)
-    q, k, v = (x[:, 0] for x in make(3, 1, 2, 10, dtype, device))
-    theta = randn(3, angles, dtype=wide, device=device)
-    cos, sin = theta.cos(), theta.sin()
-
-    def rotate(x):
-        a, b, rest = x.to(wide).split((angles, angles, 10 - 2 * angles), -1)
-        c, s = cos[:, None], sin[:, None]
-        return torch.cat((a * c - b * s, b * c + a * s, rest), -1).to(dtype)
-
-    expected_rings = [x.clone() for x in rings]
-    expected = based_ops.sliding_window_decode(rotate(q), rotate(k), v, *expected_rings, positions)
-    out = based_ops.sliding_window_decode(q, k, v, *rings, positions, rotary=(cos, sin))
-    assert_close([out, *rings], [expected, *expected_rings], dtype)
 
 
 @pytest.mark.parametrize("window", [2, 3, 8])
