@@ -188,7 +188,8 @@ class Based(nn.Module):
             # The other kind of checkpoint lets an op look at what it saved only once.
             run = partial(checkpoint, layer, use_reentrant=True) if again else layer
             x, layer_state = run(x, None if state is None else state.layers[i], span)
-            layer_states.append(layer_state)
+            if output_state:
+                layer_states.append(layer_state)
         return x, ModelState(layer_states, end) if output_state else None
 
     def logits(self, x: Tensor) -> Tensor:

@@ -73,47 +73,51 @@ def sample(logits: Tensor, draws: Draws, positions: Tensor, restricted: bool) ->
     positions (N,) int64 counts the tokens before the one to draw. restricted says whether any row
     has a top_k or top_p to follow; to other rows it makes no difference.
     """
-    return _sample(logits, *draws.tensors(), positions, restricted)
+    least = None
+    if restricted:
+        probs = _probs(logits, draws.temperature)
+        least = probs, _least(probs, draws.top_k[:, None], draws.top_p[:, None])
+    return _draw(logits, draws.temperature, draws.seed, positions, least)
 
 
 @compiled_on_gpu
-def _sample(
+def _draw(
     logits: Tensor,
     temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
     seed: Tensor,
     positions: Tensor,
-    restricted: bool,
+    least: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
+    """Of all tokens, or given (probs, p) of those that are at least as likely as p."""
     # The largest of logits / temperature + Gumbel noise is a draw from their softmax; times
     # temperature that is the likeliest token at temperature 0.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     noise = _gumbel(seed[:, None], positions[:, None], logits.shape[-1])
     scores = logits + temperature[:, None] * noise
-    if restricted:
-        kept = _kept(logits, temperature[:, None], top_k[:, None], top_p[:, None])
-        scores = scores.masked_fill(~kept, -torch.inf)
+    if least is not None:
+        probs, p = least
+        scores = scores.masked_fill(probs < p, -torch.inf)
     return scores.argmax(-1)
 
 
-def _kept(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """(N,vocab_size) bool: the tokens that top_k leaves, and top_p of these."""
-    probs = (logits.float() / temperature.clamp(min=1e-6)).softmax(-1)
-    many = torch.where(top_k > 0, top_k, logits.shape[-1])
-    kept = probs >= _threshold(lambda ahead: ahead.sum(-1, keepdim=True) < many, probs)
+@compiled_on_gpu
+def _probs(logits: Tensor, temperature: Tensor) -> Tensor:
+    return (logits.float() / temperature[:, None].clamp(min=1e-6)).softmax(-1)
+
+
+def _least(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """(N,1): how likely a token is at least that top_k leaves, and top_p of these."""
+    everything = torch.full_like(top_p, torch.inf)
+    all_tokens = torch.full_like(top_k, probs.shape[-1])
+    of_k = _smallest(probs, torch.where(top_k > 0, top_k, all_tokens), everything)
     # A token stays if those ahead of it have not yet reached top_p; the first always stays.
-    probs = probs.masked_fill(~kept, 0)
-    share = torch.where(top_p < 1, top_p * probs.sum(-1, keepdim=True), torch.inf)
-
-    def too_few(ahead: Tensor) -> Tensor:
-        return probs.masked_fill(~ahead, 0).sum(-1, keepdim=True) < share
-
-    return kept & (probs >= _threshold(too_few, probs))
+    share = top_p * probs.masked_fill(probs < of_k, 0).sum(-1, keepdim=True)
+    return of_k.maximum(_smallest(probs, all_tokens, torch.where(top_p < 1, share, everything)))
 
 
-def _threshold(too_few, probs: Tensor) -> Tensor:
-    """(N,1): the smallest float32 x >= 0 for which the tokens above x are still too few.
+def _smallest(probs: Tensor, tokens: Tensor, share: Tensor) -> Tensor:
+    """(N,1): the smallest float32 above which there are fewer tokens than `tokens`, and those have
+    less probability than `share`.
 
     Bisects the 30 bits of floats in [0, 1], which are ordered as the floats are: exact, and far
     less work on a GPU than to sort.
@@ -121,10 +125,17 @@ def _threshold(too_few, probs: Tensor) -> Tensor:
     low = torch.full_like(probs[:, :1], -1, dtype=torch.int32)
     high = torch.full_like(low, 0x3F800000)
     for _ in range(30):
-        middle = (low + high + 1) >> 1
-        enough = ~too_few(probs > middle.view(torch.float32))
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        low, high = _halve(probs, low, high, tokens, share)
     return high.view(torch.float32)
+
+
+@compiled_on_gpu
+def _halve(probs: Tensor, low: Tensor, high: Tensor, tokens: Tensor, share: Tensor):
+    middle = (low + high + 1) >> 1
+    above = probs > middle.view(torch.float32)
+    fewer = above.sum(-1, keepdim=True) < tokens
+    fewer &= probs.masked_fill(~above, 0).sum(-1, keepdim=True) < share
+    return torch.where(fewer, low, middle), torch.where(fewer, middle, high)
 
 
 def _gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:

@@ -1,0 +1,325 @@
+"""Whole models on a GPU: generation, prefill, training, and a profile, next to a Transformer++.
+
+    python bench/end_to_end.py --out FILE.json [--list] [CELL ...]
+
+A cell is one model at one size; --list names them, most important first, and a regular expression
+chooses. Each cell is in FILE.json as soon as it is measured, and one that is there is not measured
+again, so a run may be cut off and continued: all of it takes about five minutes of an H100. With
+no --out the file is bench/results/end-to-end-<machine>.json, and RESULTS.md is rendered.
+
+Random weights in bf16. Our decode steps run in based_model.Engine, host included. A context is
+entered by filling the states with random numbers. The Transformer's decode step is
+transformer_step.py: the same kernels around stock attention over the exact cached prefix.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ceilings
+import timing
+import training_step
+import transformer_step
+from based_model import PRESETS, Based, Engine, Sampling
+from based_model.engine import Request
+
+HERE = Path(__file__).parent
+OURS, SMALL_OURS = "based-1.4b-28x64", "based-360m"
+BEST, PAPER, SMALL = "transformer-1.3b-26x64", "transformer-1.3b", "transformer-360m"
+GENERATED = 1024  # tokens that "0" as a context stands for: all of them, from the first on
+MANY = -1  # as many rows as fit
+REPETITIONS, SECONDS, LEAST = 20, 1.5, 3  # of a cell: until one of the first two, but the third
+STEPS = 16  # of decoding in a repetition
+# Of a prefill: the first that takes the width of the heads.
+ATTENTIONS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+
+@dataclass(frozen=True)
+class Cell:
+    work: str  # decode, prefill, train, decode profile, train profile
+    model: str
+    batch: int  # rows, MANY for as many as fit
+    length: int  # context of a decode step, tokens of a prefilled or trained row
+
+    @property
+    def name(self) -> str:
+        batch = "max" if self.batch == MANY else self.batch
+        return f"{self.work} {self.model} B{batch} T{self.length}"
+
+
+def cells() -> list[Cell]:
+    """All of them, grouped by model, the targets' rows first."""
+    decode = [
+        *((model, batch, 0) for model in (OURS, BEST, PAPER) for batch in (128, 1)),
+        *((model, 64, 8192) for model in (OURS, BEST, PAPER)),
+        *((model, MANY, 8192) for model in (OURS, BEST, PAPER)),
+        (OURS, 1, 100),
+        (OURS, 1, 100_000),
+    ]
+    rest = [
+        (model, batch, context)
+        for model in (OURS, BEST, PAPER)
+        for context in (0, 8192, 32768)
+        for batch in (1, 8, 32, 128, MANY)
+        if (model, batch, context) not in decode
+    ]
+    prefill = [
+        (model, *shape)
+        for shape in ((4, 8192), (1, 131072), (2, 4096))
+        for model in (OURS, BEST, PAPER)
+    ]
+    train = [(m, b, t) for b, t in ((16, 2048), (4, 8192)) for m in (SMALL_OURS, SMALL)]
+    chosen = [
+        *(Cell("decode", *cell) for cell in decode),
+        *(Cell("decode profile", OURS, batch, 512) for batch in (128, 1)),
+        *(Cell("prefill", *cell) for cell in prefill),
+        *(Cell("train", *cell) for cell in train),
+        Cell("train profile", SMALL_OURS, 16, 2048),
+        *(Cell("decode", *cell) for cell in rest),
+    ]
+    # A model is built once.
+    return sorted(chosen, key=lambda c: list(dict.fromkeys(d.model for d in chosen)).index(c.model))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("cells", nargs="*", metavar="REGEX", help="of their names; default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--list", action="store_true", help="print the cells' names and stop")
+    args = parser.parse_args()
+    wanted = args.cells or [""]
+    chosen = [c for c in cells() if any(re.search(pattern, c.name) for pattern in wanted)]
+    if args.list:
+        return print("\n".join(cell.name for cell in chosen))
+
+    machine = torch.cuda.get_device_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    path = args.out or HERE / "results" / f"end-to-end-{slug}.json"
+    results = load(path, machine, args.commit)
+    runner = Runner()
+    for cell in chosen:
+        if cell.name in results["cells"]:
+            continue
+        began = time.perf_counter()
+        try:
+            figures = runner.run(cell)
+        except Exception as error:  # one cell must not take the others with it
+            first, *_ = str(error).splitlines() or [""]
+            figures = {"failure": f"{type(error).__name__}: {first[:300]}"}
+        results["cells"][cell.name] = {**asdict(cell), **figures}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        seconds = time.perf_counter() - began
+        print(f"{cell.name}: {summary(figures)} ({seconds:.1f} s)", flush=True)
+    sys.exit(any("failure" in cell for cell in results["cells"].values()))
+
+
+def load(path: Path, machine: str, commit: str | None) -> dict:
+    """What an earlier part of the run left there, or the head of a new file."""
+    if path.exists():
+        return json.loads(path.read_text())
+    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    known = commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    return {
+        "machine": {"name": machine, "torch": torch.__version__},
+        "date": datetime.date.today().isoformat(),
+        "commit": known or "unknown",
+        "ceilings": ceilings.measure(timing.CudaTimer(), "cuda", {torch.bfloat16}, seconds=0.3),
+        "cells": {},
+    }
+
+
+def summary(figures: dict) -> str:
+    if "failure" in figures:
+        return figures["failure"]
+    if "kernels" in figures:
+        lines = [
+            f"{kernel['share']:6.1%} {kernel['ms']:8.3f} ms {kernel['calls']:5} {kernel['name']}"
+            for kernel in figures["kernels"]
+        ]
+        total = f"sum {figures['kernel_ms']:.3f} of {figures['median_ms']:.3f} ms"
+        return "\n".join(["", *lines, total])
+    return ", ".join(
+        f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in figures.items()
+    )
+
+
+class Runner:
+    """Holds the model of the last cell, as building one takes a second."""
+
+    def __init__(self):
+        self.name, self.model = None, None
+
+    def run(self, cell: Cell) -> dict:
+        self._free()
+        torch.cuda.reset_peak_memory_stats()
+        work, *profile = cell.work.split()
+        if work == "train":
+            self.name, self.model = None, None
+            self._free()
+            torch.compiler.reset()
+            figures = training_step.measure(cell, kernels if profile else repeat)
+        else:
+            if self.name != cell.model:
+                self.name, self.model = None, None
+                self._free()
+                torch.compiler.reset()
+                self.name, self.model = cell.model, build(cell.model)
+            measure = {"decode": self._decode, "prefill": self._prefill}[work]
+            figures = measure(cell, bool(profile))
+        return {**figures, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+    def _free(self):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _decode(self, cell: Cell, profile: bool) -> dict:
+        if "attention" in self.model.config.layers:
+            return transformer_step.measure(self.model, cell, repeat, GENERATED)
+        rows = most_rows(self.model) if cell.batch == MANY else cell.batch
+        engine = running(self.model, rows, cell.length)
+
+        def step():
+            for _ in range(STEPS):
+                engine.step()
+
+        figures = {"rows": rows, "bytes": step_bytes(self.model, engine, rows, cell.length)}
+        step()  # captures the graph
+        if profile:
+            return {**figures, **kernels(step, STEPS)}
+        if cell.length == 0 and rows <= 128:  # all the tokens, as a user would make them
+            return {**figures, **repeat(lambda: generate(engine), GENERATED, rows)}
+        if cell.length == 0:  # every step costs the same once the windows are full
+            engine.state.positions.fill_(GENERATED // 2)
+        return {**figures, **repeat(step, STEPS, rows)}
+
+    def _prefill(self, cell: Cell, profile: bool) -> dict:
+        config = self.model.config
+        tokens = torch.randint(config.vocab_size, (cell.batch, cell.length), device="cuda")
+        run = self.model.prefill
+        if "attention" in config.layers:
+
+            @torch.no_grad()
+            def run(tokens):  # without its caches, which would not fit
+                with sdpa_kernel(ATTENTIONS, set_priority=True):
+                    x, _ = self.model.hidden(tokens)
+                return self.model.logits(x[:, -1])
+
+        run(tokens)
+        return repeat(lambda: run(tokens), 1, cell.batch * cell.length)
+
+
+@torch.no_grad()
+def build(name: str) -> Based:
+    """A preset of random weights in bf16, made on the GPU."""
+    with torch.device("meta"):
+        model = Based(PRESETS[name])
+    model = model.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False)
+    model.reset_parameters()
+    return model
+
+
+def running(model: Based, rows: int, context: int) -> Engine:
+    """An engine in which so many sequences have read `context` tokens, as far as a GPU can tell."""
+    engine = Engine(model, rows, batch_sizes=[rows])
+    for layer in engine.state.layers:
+        for x in layer if context else ():
+            x.normal_()
+    for mixer, layer in zip(model.config.layers, engine.state.layers):
+        if mixer == "linear" and context:
+            layer[1].mul_(0.1)[..., 0] = context  # the first feature counts: no sum is near 0
+    engine.state.positions.fill_(context)
+    for slot in range(rows):
+        request = Request(torch.tensor([0]), 10**9, Sampling(temperature=0.0), slot, None)
+        engine._occupy(slot, request)
+    return engine
+
+
+def generate(engine: Engine):
+    """All tokens of texts that begin with the first one."""
+    engine.state.positions.zero_()
+    for _ in range(GENERATED):
+        engine.step()
+
+
+def most_rows(model: Based) -> int:
+    """Rows whose states leave room for the step itself."""
+    free, _ = torch.cuda.mem_get_info()
+    each = model.state_size(0) * 1.04 + 12 * model.config.padded_vocab_size  # rings, logits
+    return int((free - 2e9) / each) // 128 * 128
+
+
+def step_bytes(model: Based, engine: Engine, rows: int, context: int) -> int:
+    """What a step has to read and write: all weights, and of the states what it looks at."""
+    config, total = model.config, sum(p.nbytes for p in model.parameters())
+    deferred = engine.state.fill is not None
+    for mixer, layer in zip(config.layers, engine.state.layers, strict=True):
+        row = sum(x[0].nbytes for x in layer)
+        if mixer == "linear":  # rings half full; the state is written in every step or every 16th
+            row = sum(x[0].nbytes for x in layer[:2]) * (1 + (1 / 16 if deferred else 1))
+            row += sum(x[0].nbytes for x in layer[2:]) / 2
+        elif mixer == "window":
+            row *= min(1, (context or GENERATED) / config.window)
+        else:
+            row *= 2
+        total += rows * row
+    return int(total)
+
+
+def repeat(run, steps: int, rows: int) -> dict:
+    """Median time of a step over repetitions, each of so many steps of so many rows."""
+    times = []
+    began = time.perf_counter()
+    while len(times) < LEAST or (
+        len(times) < REPETITIONS and time.perf_counter() - began < SECONDS
+    ):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3 / steps)
+    return {
+        "median_ms": median(times),
+        "quartiles_ms": quantiles(times, n=4, method="inclusive")[::2],
+        "samples": len(times),
+        "tokens_per_ms": rows / median(times),
+    }
+
+
+def kernels(run, steps: int) -> dict:
+    """Where the GPU's time goes: milliseconds of a step by kernel, largest first."""
+    timed = repeat(run, steps, 1)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        torch.cuda.synchronize()
+    rows = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    rows.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in rows)
+    listed = [
+        {
+            "name": e.key[:100],
+            "ms": e.self_device_time_total / 1e3 / steps,
+            "calls": round(e.count / steps),
+            "share": e.self_device_time_total / total,
+        }
+        for e in rows[:40]
+    ]
+    return {**timed, "kernel_ms": total / 1e3 / steps, "kernels": listed}
+
+
+if __name__ == "__main__":
+    main()
