@@ -1,0 +1,96 @@
+"""Other recurrent mixers for the recall test: layers of flash-linear-attention, where installed.
+
+Sizes are those of Zoology's experiments: two heads (RWKV-7: heads of 64), and a BaseConv layer
+before them; the Mambas come twice, without one. Their states count the short convolutions that
+are part of the layer. Everything but the weights' own layers runs in fp32 or under autocast.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from based_model.config import ConfigError
+from based_model.mqar_models import BaseConv
+
+
+class Rival(nn.Module):
+    """A layer of fla as a mixer."""
+
+    def __init__(self, layer: nn.Module, state_size: int):
+        super().__init__()
+        self.layer, self.state_size = layer, state_size
+
+    def forward(self, x: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+        return select(self.layer(x)[0])
+
+
+@dataclass(frozen=True)
+class RivalKind:
+    """How to make a mixer: the class, its arguments and its state from d_model and state_dim."""
+
+    layer: str
+    arguments: Callable[[int, int], dict]
+    state_size: Callable[[int, int], int]
+    sizes: tuple[str, ...] = ()  # the settings beside d_model that make a difference
+    twice: bool = False
+
+    def mixers(self, d_model: int, state_dim: int) -> list[nn.Module]:
+        """The mixers of a model; ConfigError where fla is missing or does not take the size."""
+        try:
+            layer_class = getattr(importlib.import_module("fla.layers"), self.layer)
+        except ImportError as error:
+            raise ConfigError(
+                f"mixer: {self.layer} is a layer of flash-linear-attention, which did not load "
+                f"({error}); install the [rivals] extra"
+            ) from error
+
+        def make(index: int) -> Rival:
+            try:
+                layer = layer_class(layer_idx=index, **self.arguments(d_model, state_dim))
+            except AssertionError as error:
+                raise ConfigError(
+                    f"d_model: {self.layer} does not take {d_model}: {error}"
+                ) from error
+            return Rival(layer, self.state_size(d_model, state_dim))
+
+        return [make(0), make(1)] if self.twice else [BaseConv(d_model), make(0)]
+
+
+RIVALS = {
+    "mamba": RivalKind(
+        "Mamba",
+        lambda d, n: {"hidden_size": d, "intermediate_size": 2 * d, "state_size": n},
+        lambda d, n: 2 * d * n + 3 * 2 * d,
+        sizes=("state_dim",),
+        twice=True,
+    ),
+    "mamba2": RivalKind(
+        "Mamba2",
+        lambda d, n: {"hidden_size": d, "num_heads": 2 * d // 64, "state_size": n},
+        lambda d, n: 2 * d * n + 3 * (2 * d + 2 * n),
+        sizes=("state_dim",),
+        twice=True,
+    ),
+    "rwkv7": RivalKind(
+        "RWKV7Attention",
+        lambda d, _: {"hidden_size": d, "head_dim": 64},
+        lambda d, _: 64 * d + d,
+    ),
+    "gla": RivalKind(
+        "GatedLinearAttention",
+        lambda d, _: {"hidden_size": d, "num_heads": 2},
+        lambda d, _: d * d // 4,
+    ),
+    "deltanet": RivalKind(
+        "DeltaNet",
+        lambda d, _: {"hidden_size": d, "num_heads": 2},
+        lambda d, _: d * d // 2 + 3 * 3 * d,
+    ),
+    "gated-deltanet": RivalKind(
+        "GatedDeltaNet",
+        lambda d, _: {"hidden_size": d, "head_dim": d // 2, "num_heads": 2, "use_gate": False},
+        lambda d, _: d * d + 3 * 4 * d,
+    ),
+}
