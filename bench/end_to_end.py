@@ -33,10 +33,9 @@ import training_step
 import transformer_step
 from based_model import PRESETS, Based, Engine, Sampling
 from based_model.engine import Request
+from end_to_end_report import BEST, OURS, PAPER, SMALL, SMALL_OURS
 
 HERE = Path(__file__).parent
-OURS, SMALL_OURS = "based-1.4b-28x64", "based-360m"
-BEST, PAPER, SMALL = "transformer-1.3b-26x64", "transformer-1.3b", "transformer-360m"
 GENERATED = 1024  # tokens that "0" as a context stands for: all of them, from the first on
 MANY = -1  # as many rows as fit
 REPETITIONS, SECONDS, LEAST = 20, 1.5, 3  # of a cell: until one of the first two, but the third

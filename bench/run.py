@@ -24,6 +24,7 @@ import torch
 
 import based_ops
 import ceilings
+import end_to_end_report
 import memory
 import overhead
 import registry
@@ -252,7 +253,10 @@ def commit():
 def render():
     """bench/RESULTS.md from every JSON in bench/results."""
     sections = [
-        report.markdown(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))
+        end_to_end_report.render(path)
+        if path.name.startswith("end-to-end")
+        else report.markdown(json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob("*.json"))
     ]
     header = f"# Ours and the others, measured\n\nWritten by bench/run.py.\n\n{report.NOTES}\n"
     (HERE / "RESULTS.md").write_text("\n".join([header, *sections]))

@@ -1,0 +1,225 @@
+"""Results of end_to_end.py -> markdown tables for RESULTS.md and README, and one figure."""
+
+import json
+from pathlib import Path
+
+from based_model import PRESETS, Based
+
+HERE = Path(__file__).parent
+OURS, BEST, PAPER = "based-1.4b-28x64", "transformer-1.3b-26x64", "transformer-1.3b"
+SMALL_OURS, SMALL = "based-360m", "transformer-360m"
+ROLES = {
+    OURS: "Based, 28 heads of 64",
+    BEST: "Transformer++, its best shape, 26 heads of 64",
+    PAPER: "Transformer++, the paper's shape, 24 heads of 70",
+    SMALL_OURS: "Based 360M",
+    SMALL: "Transformer++ 360M",
+}
+MAX = "max"
+NOTES = """\
+Random weights, bf16, greedy. Based decodes in based_model.Engine, host included; the Transformer's
+step is a CUDA graph of the same products, norms and SwiGLU around the fastest stock attention over
+exactly the cached prefix (bench/transformer_step.py), without a host. Context 0: a text of 1,024
+tokens from its first one on, without a prompt (Transformer: steps at five lengths, integrated).
+of floor: the bytes of weights and states that a step must move, at the speed of a copy.
+^ the caches of all layers do not fit this card: layers take turns with those that do, which takes
+the same time. x: that model's time a token over Based's at equal batch and context."""
+
+
+def render(path: Path) -> str:
+    """Draws the figure beside a results file, writes README's table, returns RESULTS.md's section.
+
+    README has the place between two comments; the first names the file whose table it shows.
+    """
+    results, figure = json.loads(path.read_text()), path.with_suffix(".png")
+    draw(results, figure)
+    readme_path = HERE.parent / "README.md"
+    begin, end = f"<!-- {path.name}: written by bench/run.py --render -->", "<!-- end -->"
+    before, found, after = readme_path.read_text().partition(begin)
+    if found:
+        after = after.partition(end)[2]
+        own = readme(results, f"bench/results/{figure.name}")
+        readme_path.write_text(f"{before}{begin}\n\n{own}\n\n{end}{after}")
+    return markdown(results, f"results/{figure.name}")
+
+
+def markdown(results: dict, figure: str) -> str:
+    """A section of RESULTS.md."""
+    cells, ceilings = results["cells"], results["ceilings"]
+    parts = [
+        f"## {results['machine']['name']}, end to end",
+        f"torch {results['machine']['torch']}, {results['date']}, commit {results['commit']}. "
+        f"Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
+        f"{max(ceilings['gemm_tflop_s'].values()):.0f} TFLOP/s.",
+        NOTES,
+        f"![Throughput and memory]({figure})",
+        table(decode_rows(cells, ceilings)),
+        table(prefill_rows(cells)),
+        table(train_rows(cells)),
+        *(profile(cell) for cell in cells.values() if "kernels" in cell),
+        *(f"LEFT OUT, {name}: {c['failure']}" for name, c in cells.items() if "failure" in c),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def readme(results: dict, figure: str) -> str:
+    """The table of README.md: one row for each model."""
+    cells = results["cells"]
+    columns = {
+        "decode, batch 1, 1,024 tokens": ("decode", 1, 0),
+        "batch 128, 1,024 tokens": ("decode", 128, 0),
+        "batch 64 at 8,192": ("decode", 64, 8192),
+        "best batch at 8,192": ("decode", MAX, 8192),
+        "prefill (4, 8192)": ("prefill", 4, 8192),
+        "prefill (1, 131072)": ("prefill", 1, 131072),
+    }
+    rows = [("tokens per ms", *columns)]
+    for model in (OURS, BEST, PAPER):
+        found = [find(cells, work, model, b, t) for work, b, t in columns.values()]
+        rows.append((ROLES[model], *(rate(cell) for cell in found)))
+    where = f"{results['machine']['name']}, torch {results['machine']['torch']}, {results['date']}"
+    picture = f"![Throughput and memory]({figure})"
+    return "\n\n".join([f"{where}, bf16:", table(rows), table(train_rows(cells)), picture])
+
+
+def find(cells: dict, work: str, model: str, batch, length: int) -> dict | None:
+    cell = cells.get(f"{work} {model} B{batch} T{length}")
+    return cell if cell and "median_ms" in cell else None
+
+
+def rate(cell: dict | None) -> str:
+    if cell is None:
+        return "–"
+    digits = f"{cell['tokens_per_ms']:.3g}"
+    if cell["batch"] < 0:
+        digits += f" ({cell['rows']} rows)"
+    return digits + "^" * cell.get("caches_shared_by_layers", False)
+
+
+def of_work(cells: dict, work: str) -> list[dict]:
+    """Measured cells of a kind, by size, ours first."""
+    own = [c for c in cells.values() if c["work"] == work and "median_ms" in c]
+    order = list(ROLES)
+    return sorted(own, key=lambda c: (c["length"], c["batch"] % 2**31, order.index(c["model"])))
+
+
+def times(cells: dict, cell: dict, ours: str) -> str:
+    """How many times as long a model takes for a token as ours does."""
+    batch = MAX if cell["batch"] < 0 else cell["batch"]
+    own = find(cells, cell["work"], ours, batch, cell["length"])
+    if own is None or cell["model"] == ours:
+        return ""
+    return f"{own['tokens_per_ms'] / cell['tokens_per_ms']:.2f}x"
+
+
+def decode_rows(cells: dict, ceilings: dict):
+    header = ("context", "batch", "model", "ms a step", "tokens per ms", "x", "of floor")
+    yield (*header, "peak GB", "attention")
+    for cell in of_work(cells, "decode"):
+        floor = cell["bytes"] / ceilings["bandwidth_gb_s"] / 1e6
+        batch = f"{cell['rows']} (max)" if cell["batch"] < 0 else str(cell["batch"])
+        yield (
+            str(cell["length"]),
+            batch + "^" * cell.get("caches_shared_by_layers", False),
+            ROLES[cell["model"]],
+            f"{cell['median_ms']:.3f}",
+            f"{cell['tokens_per_ms']:.3g}",
+            times(cells, cell, OURS),
+            f"{floor / cell['median_ms']:.0%}",
+            f"{cell['peak_gb']:.1f}",
+            cell.get("attention", ""),
+        )
+
+
+def prefill_rows(cells: dict):
+    yield ("prefill (B, T)", "model", "ms", "tokens per ms", "x", "peak GB")
+    for cell in of_work(cells, "prefill"):
+        yield (
+            f"({cell['batch']}, {cell['length']})",
+            ROLES[cell["model"]],
+            f"{cell['median_ms']:.1f}",
+            f"{cell['tokens_per_ms']:.3g}",
+            times(cells, cell, OURS),
+            f"{cell['peak_gb']:.1f}",
+        )
+
+
+def train_rows(cells: dict):
+    yield ("training step (B, T)", "model", "ms", "tokens per s", "x", "MFU", "peak GB")
+    for cell in of_work(cells, "train"):
+        yield (
+            f"({cell['batch']}, {cell['length']})",
+            ROLES[cell["model"]],
+            f"{cell['median_ms']:.0f}",
+            f"{1e3 * cell['tokens_per_ms']:,.0f}",
+            times(cells, cell, SMALL_OURS),
+            f"{cell['mfu']:.1%}",
+            f"{cell['peak_gb']:.1f}",
+        )
+
+
+def profile(cell: dict) -> str:
+    """The kernels of a step down to a hundredth of it."""
+    rows = [("share", "ms", "calls", "kernel")]
+    rows += [
+        (f"{k['share']:.1%}", f"{k['ms']:.3f}", str(k["calls"]), f"`{k['name'][:80]}`")
+        for k in cell["kernels"]
+        if k["share"] >= 0.01
+    ]
+    title = (
+        f"{cell['work']}, {ROLES[cell['model']]}, batch {cell['batch']}, {cell['length']} tokens: "
+        f"{cell['median_ms']:.3f} ms, of which kernels {cell['kernel_ms']:.3f} ms"
+    )
+    return f"{title}\n\n{table(rows)}"
+
+
+def table(rows) -> str:
+    header, *body = rows
+    if not body:
+        return ""
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(results: dict, path: Path):
+    """Throughput against batch and against context, memory of a sequence against context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    figure, (by_batch, by_context, memory) = plt.subplots(1, 3, figsize=(13, 4))
+    own = of_work(results["cells"], "decode")
+    for model, color in zip((OURS, BEST, PAPER), ("C0", "C1", "C2")):
+        for length, style in ((0, "-"), (8192, "--"), (32768, ":")):
+            points = sorted(
+                (c["rows"], c["tokens_per_ms"])
+                for c in own
+                if (c["model"], c["length"]) == (model, length)
+            )
+            label = ROLES[model] if length == 0 else None
+            if points:
+                by_batch.plot(*zip(*points), color + style, marker="o", ms=3, label=label)
+        points = sorted(
+            (c["length"] or 512, c["tokens_per_ms"])
+            for c in own
+            if (c["model"], c["batch"]) == (model, 32) and c["length"] in (0, 8192, 32768)
+        )
+        if points:
+            by_context.plot(*zip(*points), color, marker="o", ms=3)
+        with torch.device("meta"):
+            shape = Based(PRESETS[model]).to(torch.bfloat16)
+        lengths = [2**i for i in range(7, 18)]
+        memory.plot(lengths, [shape.state_size(n) / 1e6 for n in lengths], color)
+    by_batch.set(xlabel="batch", ylabel="tokens per ms", xscale="log", yscale="log")
+    by_batch.set_title("decode: 1,024 tokens (-), at 8,192 (--), 32,768 (:)")
+    by_batch.legend(fontsize=7)
+    by_context.set(xlabel="context", ylabel="tokens per ms", xscale="log", yscale="log")
+    by_context.set_title("decode, batch 32")
+    memory.set(xlabel="context", ylabel="MB", xscale="log", yscale="log")
+    memory.set_title("state of one sequence")
+    figure.suptitle(f"{results['machine']['name']}, bf16, {results['date']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
