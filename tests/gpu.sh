@@ -1,31 +1,66 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and an installed torch: build with CUDA, run every test that runs on a GPU, the
-# sanitizers on small cases of every op, and the bench; a short table comes last.
-# Usage: tests/gpu.sh [LOG_DIR]; SITE=DIR takes a build that is there already.
+# On a machine with a GPU, nvcc, cmake and an installed torch: builds, runs what tests the GPU code, the
+# sanitizers on small cases of every op, and the bench; a short table comes last. Fails if a part does.
+#
+#   tests/gpu.sh [PART ...]    of build, primitives, pytest, sanitizer, bench; all of them by default
+#
+# SITE=DIR          based_ops is built into, or there already when build is no part: build/gpu/site
+# PRIMITIVES=DIR    the same of the C++ tests of cuda/primitives: build/gpu/cmake/tests/cpp
+# LOGS=DIR          the output of every part: build/gpu
+# TESTS=EXPRESSION  what pytest -k selects: tests that run on a GPU have it in their name
+# OPS=NAMES         what the sanitizers run, as small_cases.py takes it: every op
+# BENCH=OPTIONS     more options of bench/run.py, as --filter REGEX
 set -uo pipefail
 cd "$(dirname "$0")/.."
-logs=${1:-build/gpu}
-mkdir -p "$logs"
-if [ -z "${SITE:-}" ]; then
-  SITE=$PWD/build/gpu/site
-  BASED_CUDA=ON python3 -m pip install -q --no-build-isolation --no-deps --upgrade --target "$SITE" . \
-    2>&1 | tee "$logs/install.log" || exit 1
-fi
-export PYTHONPATH=$SITE
-cuobjdump --list-elf --list-ptx "$SITE"/based_ops/_C*.so >"$logs/architectures.log" 2>&1
+LOGS=${LOGS:-build/gpu} SITE=${SITE:-$PWD/build/gpu/site}
+PRIMITIVES=${PRIMITIVES:-build/gpu/cmake/tests/cpp}
+mkdir -p "$LOGS"
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+parts=("${@:-build primitives pytest sanitizer bench}")
+read -ra parts <<<"${parts[*]}"
+table=() failed=0
 
-# Tests on a GPU have it in their name; compiled code is worth a run there whatever the device.
-python3 -m pytest tests/python -k "cuda or gpu or test_compile" 2>&1 | tee "$logs/pytest.log"
-for tool in memcheck racecheck synccheck; do
-  compute-sanitizer --tool $tool --error-exitcode 1 python3 tests/python/small_cases.py 2>&1 | tee "$logs/$tool.log"
+# step NAME SUMMARY COMMAND ...: its output on the screen and in NAME.log; in the table the last line of it that
+# SUMMARY matches.
+step() {
+  local log=$LOGS/$1.log
+  "${@:3}" 2>&1 | tee "$log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" = 0 ] || failed=1
+  table+=("$(printf '%-12s%-8s%s' "$1" "$([ "$status" = 0 ] && echo ok || echo "FAILED")" \
+    "$(grep -E "$2" "$log" | tail -n 1)")")
+}
+
+build() {
+  BASED_CUDA=ON python3 -m pip install -q --no-build-isolation --no-deps --upgrade --target "$SITE" . &&
+    cmake -S . -B build/gpu/cmake -DBASED_CUDA=ON -DBASED_BUILD_TESTS=ON &&
+    cmake --build build/gpu/cmake --target based_cuda_tests based_cuda_portable_tests --parallel
+}
+
+primitives() {
+  "$PRIMITIVES/based_cuda_tests" && "$PRIMITIVES/based_cuda_portable_tests" &&
+    compute-sanitizer --tool memcheck --error-exitcode 1 "$PRIMITIVES/based_cuda_tests"
+}
+
+for part in "${parts[@]}"; do
+  case $part in
+    build) step build "Linking" build ;;
+    primitives) step primitives "ERROR SUMMARY|FAILED" primitives ;;
+    pytest) step pytest "passed|failed" \
+      python3 -m pytest tests/python -k "${TESTS:-cuda or gpu or test_compile}" ;;
+    sanitizer)
+      for tool in memcheck racecheck synccheck; do
+        # shellcheck disable=SC2086
+        step $tool "SUMMARY" \
+          compute-sanitizer --tool $tool --error-exitcode 1 python3 tests/python/small_cases.py ${OPS:-}
+      done ;;
+    # shellcheck disable=SC2086
+    bench) step bench "^targets met" python3 bench/run.py --device cuda ${BENCH:-} ;;
+    *) echo "tests/gpu.sh: part: expected build, primitives, pytest, sanitizer or bench, got $part" && exit 2 ;;
+  esac
 done
-python3 bench/run.py --device cuda 2>&1 | tee "$logs/bench.log"
 
 echo
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-printf '%-14s%s\n' code "$(grep -o 'sm_[0-9a-z]*' "$logs/architectures.log" | sort | uniq -c | xargs)"
-printf '%-14s%s\n' pytest "$(tail -n 1 "$logs/pytest.log")"
-for tool in memcheck racecheck synccheck; do
-  printf '%-14s%s\n' $tool "$(grep SUMMARY "$logs/$tool.log" | tail -n 1)"
-done
-printf '%-14s%s\n' bench "$(grep '^targets met' "$logs/bench.log" | tail -n 1)"
+printf '%s\n' "${table[@]}"
+exit $failed
