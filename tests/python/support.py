@@ -89,6 +89,13 @@ def assert_close(actual, expected, dtype, gradients=False, names=None):
         assert err <= tolerance, f"{name}: error {err:.3g} > {tolerance:.3g}"
 
 
+def assert_same_gradients(actual, expected, leaves, dtype):
+    """Two ways to the same results, for random cotangents."""
+    cotangents = [torch.randn_like(x) for x in expected]
+    grads = [torch.autograd.grad(results, leaves, cotangents) for results in (actual, expected)]
+    assert_close(*grads, dtype, gradients=True)
+
+
 def check(op, definition, inputs, dtype, gradients=True):
     """op(**inputs) and its gradients against those of the fp64 definition.
 
