@@ -46,7 +46,7 @@ def tiny_model(device, layers=TINY.layers, dtype=torch.float32, **changes) -> Ba
 
 
 class Poisoned(Engine):
-    """A slot that nobody is in holds NaN, in every state that floats."""
+    """A slot that nobody is in holds NaN, in every state that floats, and stays so."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -57,6 +57,16 @@ class Poisoned(Engine):
         for x in self._tensors():
             if x.is_floating_point():
                 x[slot] = float("nan")
+
+    def step(self):
+        arrived = super().step()
+        for slot in range(self.slots):
+            if self.rows[slot] is None:
+                for layer, mixer in zip(self.state.layers, self.model.config.layers):
+                    for x in layer:  # rows without a text write to the last place of a cache
+                        held = x[slot, :-1] if mixer == "attention" else x[slot]
+                        assert held.isnan().all()
+        return arrived
 
     def _leave(self, request):
         slot = request.slot
