@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from based_model.config import ConfigError
+from based_model.mixers import LinearMixer
 from based_model.model import Based, ModelState
 from based_model.sampling import Draws, Sampling, sample
 from based_model.state_file import Prefix
@@ -73,6 +74,9 @@ class Engine:
         self.batch_sizes = sorted(batch_sizes)
         self.device = model.embedding.weight.device
         self.grows = "attention" in model.config.layers
+        for layer in model.layers:
+            if isinstance(layer.mixer, LinearMixer):
+                layer.mixer.join_projections()
         self.state = model.new_state(slots, context)
         if self.device.type == "cuda" and slots * model.config.nheads >= 2048:
             model.defer_writes(self.state)  # measured faster where the states fill the GPU

@@ -71,7 +71,14 @@ def rotary_angles(positions: Tensor, dim: int, base: float, dtype: torch.dtype):
 def norm_linear(
     x: Tensor, update: Tensor | None, norm: nn.Module, *weights: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """(x + update, its RMSNorm times weights[0]^T + bias, times weights[1]^T + bias, ...)."""
+    """(x + update, its RMSNorm times weights[0]^T + bias, times weights[1]^T + bias, ...).
+
+    Weights that join_memory() has seen are multiplied at once.
+    """
+    joined = _joined(weights)
+    if joined is not None:
+        x, out = norm_linear(x, update, norm, joined, bias=bias)
+        return x, *out.split([len(weight) for weight in weights], -1)
     if _single_row(x, weights[0]):
         from based_model.gemv import gemv
 
@@ -83,6 +90,27 @@ def norm_linear(
     else:
         x, normed = add_norm(x, update, norm.weight, norm.eps)
     return x, *(F.linear(normed, weight, bias) for weight in weights)
+
+
+def join_memory(*weights: nn.Parameter):
+    """Moves matrices of equal width to where they lie one behind the other, as one matrix."""
+    parts = torch.cat([weight.detach() for weight in weights]).split([len(w) for w in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part
+
+
+def _joined(weights: tuple[Tensor, ...]) -> Tensor | None:
+    """Several weights as the one matrix that they are in memory, if they are."""
+    first, rows, storage = weights[0], 0, weights[0].untyped_storage().data_ptr()
+    for weight in weights:
+        here = weight.is_contiguous() and weight.untyped_storage().data_ptr() == storage
+        if (
+            not here
+            or weight.data_ptr() != first.data_ptr() + rows * first.stride(0) * first.itemsize
+        ):
+            return None
+        rows += len(weight)
+    return None if len(weights) == 1 else first.as_strided((rows, first.shape[1]), first.stride())
 
 
 def swiglu_linear(h: Tensor, weight: Tensor) -> Tensor:

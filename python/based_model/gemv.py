@@ -1,13 +1,18 @@
 """A matrix times one vector on a GPU, with what comes before it in the same kernel.
 
 Bound by reading the matrix. A program takes a few whole rows; every program computes the vector
-(a norm, a SwiGLU) for itself, which costs less than a kernel more. Triton, which comes with torch.
+(a norm, a SwiGLU) for itself, which costs less than a kernel more. On Hopper the programs start
+while the kernel before still runs, and wait for it only when their part of the matrix is on its way
+(programmatic dependent launch). Triton, which comes with torch.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ELEMENTS = 8192  # of the matrix in a program; with WARPS: measured, 16-byte loads on their way
 WARPS = 4
@@ -29,18 +34,23 @@ def _gemv(
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SWIGLU: tl.constexpr,
+    EARLY: tl.constexpr,  # starts before the kernel before has ended
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # the power of two from K on
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = column < K
-    # On their way while the vector is made.
+    if EARLY:
+        gdc_launch_dependents()
+    # What no kernel before writes.
     matrix = tl.load(
         weight + row[:, None].to(tl.int64) * K + column,
         mask=(row < N)[:, None] & inside,
         other=0.0,
     )
+    if EARLY:
+        gdc_wait()
     vector = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_UPDATE:
         vector += tl.load(update + column, mask=inside, other=0.0).to(tl.float32)
@@ -93,8 +103,15 @@ def gemv(
         HAS_NORM=norm is not None,
         HAS_BIAS=bias is not None,
         SWIGLU=swiglu,
+        EARLY=_has_early_launch(x.device),
         ROWS=per_program,
         COLUMNS=columns,
         num_warps=WARPS,
+        launch_pdl=_has_early_launch(x.device),
     )
     return summed, out
+
+
+@cache
+def _has_early_launch(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

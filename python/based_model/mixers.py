@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from based_model.config import ModelConfig
-from based_model.fused import linear, norm_linear, rotate
+from based_model.fused import join_memory, linear, norm_linear, rotate
 from based_ops import (
     linear_attention,
     linear_attention_decode,
@@ -74,6 +74,10 @@ class LinearMixer(nn.Module):
         self.k_proj = nn.Linear(d_model, d_feature, bias=False)
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def join_projections(self):
+        """Lets decode() compute q, k and v in one product; the weights stay what they are."""
+        join_memory(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
 
     def state_size(self, seqlen: int) -> int:
         """Bytes of one row of the state; the same at every seqlen."""

@@ -290,3 +290,24 @@ def test_errors_are_named():
     assert not engine.busy
     request = engine.add(range(4), 7)
     assert len(list(engine.run())) == 7 == len(request.tokens)
+
+
+def test_projections_are_joined_without_a_change_to_the_model(device):
+    model = tiny_model(device)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    engine = Engine(model, 2)
+    after = model.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    mixer = model.layers[1].mixer
+    assert len({w.untyped_storage().data_ptr() for w in mixer.state_dict().values()}) == 2
+    expected = plain(tiny_model(device), torch.tensor([3]), 20, Sampling(), 0)
+    request = engine.add([3], 20)
+    for _ in engine.run():
+        pass
+    assert request.tokens == expected
+    # What replaces the weights later is what counts.
+    mixer.q_proj.weight = torch.nn.Parameter(mixer.q_proj.weight * -8, requires_grad=False)
+    changed = plain(model, torch.tensor([3]), 20, Sampling(), 0)
+    other = tiny_model(device)
+    other.layers[1].mixer.q_proj.weight *= -8
+    assert changed == plain(other, torch.tensor([3]), 20, Sampling(), 0) != expected
