@@ -1,4 +1,4 @@
-"""Sampling: a packed prefill of the prompts, then one recurrent decode step per token.
+"""Generation: a packed prefill of the prompts, then one recurrent decode step per token.
 
     python -m based_model.generate --checkpoint RUN --prompt "def main("
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class GenerateConfig(Sampling):
     end_token: str = "<|endoftext|>"
     # Where to run: cpu, cuda, cuda:1 ...
     device: str = "cpu"
+    # Type of the weights and of what they compute; states of one are not those of the other.
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self):
         super().__post_init__()
@@ -233,6 +235,8 @@ def _read_text(path: Path) -> str:
 def run(config: GenerateConfig):
     prompts = config.prompts()
     model = load_model(config.checkpoint, config.device)
+    if config.precision == "bf16":
+        model.to(torch.bfloat16)
     tokenizer = config.tokenizer or saved_tokenizer(config.checkpoint)
     text = text_of_model(model.config.vocab_size, tokenizer, config.end_token)
     prefix = None if config.load_state is None else load_prefix(config.load_state, model)

@@ -147,3 +147,25 @@ def test_steps_on_cuda_do_not_wait_for_the_host():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(a.tokens == b.tokens for a, b in zip(warm, requests, strict=True))
+
+
+def test_command_line_on_cuda_writes_what_it_writes_on_the_cpu(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    from based_model.checkpoint import save_checkpoint
+    from based_model.generate import GenerateConfig, run
+
+    torch.manual_seed(0)
+    model = Based(dataclasses.replace(SMALL, vocab_size=256)).requires_grad_(False)
+    for p in model.parameters():  # far from the small initial values: no near ties
+        torch.nn.init.normal_(p, std=0.2)
+    model.embedding.weight[:32] *= 0.01  # printable ASCII
+    model.embedding.weight[127:] *= 0.01
+    run_folder = save_checkpoint(tmp_path / "run", 1, model).parent
+    texts = []
+    for device in ("cpu", "cuda"):
+        settings = {"checkpoint": run_folder, "prompt": ("def f", "a"), "temperature": 0.0}
+        run(GenerateConfig(**settings, samples=2, max_new_tokens=40, device=device))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and "----- continuation 2" in texts[0]
+    run(GenerateConfig(**settings, max_new_tokens=40, device="cuda", precision="bf16"))
+    assert "===== prompt 2" in capsys.readouterr().out
