@@ -52,14 +52,16 @@ class MqarConfig(RunConfig):
     device: str = "cpu"
     # Runs side by side on the device.
     parallel: int = 1
+    # On a GPU: capture the steps in CUDA graphs; without, for looking at what goes wrong.
+    graphs: bool = True
     # Seconds after which to stop; what is not finished is not kept.
     time_limit: float | None = None
     # CPU threads; default: as many as torch finds cores.
     threads: int | None = None
     # Leave out the other learning rates of a model once one has reached `enough`.
     first_enough: bool = False
-    # Give a run up that is so far behind another learning rate's at the same epoch (from the eighth
-    # part of its epochs on). Never raises what a model reaches.
+    # Give a run up that is so far behind another learning rate's at the same epoch, from a quarter
+    # of its epochs on. Never raises what a model reaches.
     give_up_behind: float | None = None
 
     def __post_init__(self):
@@ -90,11 +92,9 @@ def read_sweep(path: Path) -> list[RunConfig]:
             raise ConfigError(f"{path}: expected the keys shared and grids, got {unknown}")
         runs = []
         for grid in grids:
-            grid = {
-                name: value if isinstance(value, list) else [value]
-                for name, value in {**shared, **grid}.items()
-            }
-            for combination in itertools.product(*grid.values()):
+            grid = {**grid, **{name: shared[name] for name in shared if name not in grid}}
+            choices = [value if isinstance(value, list) else [value] for value in grid.values()]
+            for combination in itertools.product(*choices):  # the last name's change fastest
                 runs.append(RunConfig(**dict(zip(grid, combination))))
         return runs
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -154,7 +154,7 @@ class Rivalry:
             return True
         best = self.best[model, epoch] = max(accuracy, self.best.get((model, epoch), 0.0))
         behind = self.config.give_up_behind
-        return behind is not None and epoch >= run.epochs / 8 and accuracy < best - behind
+        return behind is not None and epoch >= run.epochs / 4 and accuracy < best - behind
 
 
 def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
@@ -170,7 +170,7 @@ def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
         key = (run.tasks, run.seed)
         if key not in data:
             data[key] = generate_all(TASKS[run.tasks], run.seed, config.device)
-        run = Run(run, *data[key], config.device)
+        run = Run(run, *data[key], config.device, config.graphs)
         return run, run.work()
 
     active: list[tuple[Run, Iterator[None]]] = []

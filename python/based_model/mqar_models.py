@@ -206,11 +206,10 @@ class RecallModel(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the output layer sees: (B, K, d)."""
-        offsets = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-        rows = (positions + offsets).flatten()
+        index = positions[..., None].expand(-1, -1, self.embedding.weight.shape[1])
 
         def asked(x: Tensor) -> Tensor:
-            return x.flatten(0, 1).index_select(0, rows).unflatten(0, positions.shape)
+            return x.gather(1, index)
 
         x = F.dropout(Embed.apply(self.embedding.weight, tokens), self.dropout, self.training)
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):

@@ -66,6 +66,7 @@ def plot_results(records: list[dict], file: Path):
     best = best_of_models(records)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
+    sizes = [record["state_bytes"] for record in best]
     axes.set_xscale("log", base=2)
     mixers = list(dict.fromkeys(record["run"]["mixer"] for record in best))
     published = any(record["run"]["tasks"] == "paper" for record in best)
@@ -78,7 +79,9 @@ def plot_results(records: list[dict], file: Path):
         if published and name in PUBLISHED:
             points = [(2**size, accuracy) for size, accuracy in PUBLISHED[name]]
             axes.plot(*zip(*points), "x--", color=color, alpha=0.5, label=f"{name}, published")
-    axes.set(xlabel="bytes of state", ylabel="accuracy", ylim=(0, 1.03))
+    low, high = axes.get_xlim()
+    axes.set(xlim=(min(low, min(sizes) / 2), max(high, 2 * max(sizes))), ylim=(0, 1.03))
+    axes.set(xlabel="bytes of state", ylabel="accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2 if published else 1)
     file.parent.mkdir(parents=True, exist_ok=True)

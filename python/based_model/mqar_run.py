@@ -119,13 +119,22 @@ class Run:
     goes to a stream of its own: work() of several runs side by side fills the GPU.
     """
 
-    def __init__(self, config: RunConfig, train: list[Examples], test: list[Examples], device: str):
+    def __init__(
+        self,
+        config: RunConfig,
+        train: list[Examples],
+        test: list[Examples],
+        device: str,
+        graphs: bool = True,
+    ):
         self.config, self.train, self.test = config, train, test
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
+        self.graphs = graphs and self.cuda
         self.started = time.perf_counter()
         self.epoch, self.loss, self.accuracy, self.by_task = 0, math.nan, 0.0, []
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # of all its graphs
         self.model = build_model(config)
         self.state_bytes = 4 * self.model.state_size()
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -141,7 +150,7 @@ class Run:
                 capturable=self.cuda,
             )
             self.loss_sum = torch.zeros((), device=self.device)
-        self.steps = [self._make_step(examples) for examples in train]
+            self.steps = [self._make_step(examples) for examples in train]
 
     def work(self) -> Iterator[None]:
         """Trains; yields wherever another run may go on. The device works ahead of this."""
@@ -233,12 +242,12 @@ class Run:
             nonlocal graph, calls
             rows.copy_(new_rows)
             calls += 1
-            if not self.cuda or calls == 1:
+            if not self.graphs or calls == 1:
                 step()
                 return
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 step()
                 graph.capture_end()
             graph.replay()
