@@ -69,8 +69,13 @@ int64_t size_of(const Tensor& tensor, int64_t i) { return i < tensor.dim() ? ten
 // Fresh and contiguous, in the shape of a tensor; a rank no op accepts gets a placeholder.
 Tensor fresh_like(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
-  if (sizes.size() > kMaxRank) return absent(tensor);
+  if (sizes.size() > kMaxRank) return empty(tensor, {0}, tensor.scalar_type());
   return empty(tensor, sizes.data(), sizes.size(), tensor.scalar_type());
+}
+
+// Undefined, None in Python, without a tensor.
+Tensor fresh_like(const OptionalTensor& tensor) {
+  return tensor.has_value() ? fresh_like(*tensor) : Tensor();
 }
 
 int64_t sequences_of(const OptionalTensor& cu_seqlens, int64_t batch) {
@@ -123,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
                                                     const OptionalTensor& cu_seqlens, double scale,
                                                     bool normalize, bool output_final_state) {
   const Tensor out = fresh_like(v);
-  Tensor final_kv = absent(q), final_k = absent(q);
+  Tensor final_kv, final_k;
   LinearAttentionParams p;
   if (output_final_state) {
     const int64_t n = sequences_of(cu_seqlens, size_of(q, 0)), heads = size_of(q, 2);
@@ -145,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_state,
     const OptionalTensor& k_state, const OptionalTensor& cu_seqlens, double scale, bool normalize) {
   const Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
-  const Tensor dkv0 = kv_state ? fresh_like(*kv_state) : absent(q);
-  const Tensor dk0 = k_state ? fresh_like(*k_state) : absent(q);
+  const Tensor dkv0 = fresh_like(kv_state);
+  const Tensor dk0 = fresh_like(k_state);
   LinearAttentionBackwardParams p;
   const Tensor q_rows = aligned(q), k_rows = aligned(k), v_rows = aligned(v);
   const Tensor dout_rows = aligned(dout);
@@ -154,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   p.initial_kv_state = view(kv_state), p.initial_k_state = view(k_state);
   p.dfinal_kv_state = view(dkv_state), p.dfinal_k_state = view(dk_state);
   p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
-  if (kv_state) p.dinitial_kv_state = view(dkv0);
-  if (k_state) p.dinitial_k_state = view(dk0);
+  p.dinitial_kv_state = view(dkv0);
+  p.dinitial_k_state = view(dk0);
   p.cu_seqlens = view(cu_seqlens), p.scale = scale, p.normalize = normalize;
   run<LinearAttentionBackwardParams>("linear_attention_backward", q, p,
                                      cpu::linear_attention_backward);
@@ -207,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention(
     const OptionalTensor& cu_seqlens, int64_t window, double scale, bool output_final_state) {
   const Tensor out = fresh_like(q);
   const Tensor lse = empty(q, {size_of(q, 0), size_of(q, 1), size_of(q, 2)}, accumulator_of(q));
-  Tensor final_k = absent(q), final_v = absent(q), final_positions = absent(q);
+  Tensor final_k, final_v, final_positions;
   SlidingWindowParams p;
   if (output_final_state) {
     const int64_t n = sequences_of(cu_seqlens, size_of(q, 0)), slots = window > 0 ? window : 0;
@@ -231,15 +236,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sliding_window_attention_back
     const OptionalTensor& k_cache, const OptionalTensor& v_cache, const OptionalTensor& positions,
     const OptionalTensor& cu_seqlens, int64_t window, double scale) {
   const Tensor dq = fresh_like(q), dk = fresh_like(k), dv = fresh_like(v);
-  const Tensor dk0 = k_cache ? fresh_like(*k_cache) : absent(q);
-  const Tensor dv0 = v_cache ? fresh_like(*v_cache) : absent(q);
+  const Tensor dk0 = fresh_like(k_cache);
+  const Tensor dv0 = fresh_like(v_cache);
   SlidingWindowBackwardParams p;
   p.q = view(q), p.k = view(k), p.v = view(v), p.out = view(out), p.lse = view(lse);
   p.dout = view(dout), p.dfinal_k_cache = view(dk_cache), p.dfinal_v_cache = view(dv_cache);
   p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
   p.initial_k_cache = view(k_cache), p.initial_v_cache = view(v_cache);
-  if (k_cache) p.dinitial_k_cache = view(dk0);
-  if (v_cache) p.dinitial_v_cache = view(dv0);
+  p.dinitial_k_cache = view(dk0);
+  p.dinitial_v_cache = view(dv0);
   p.initial_positions = view(positions), p.cu_seqlens = view(cu_seqlens);
   p.window = window, p.scale = scale;
   run<SlidingWindowBackwardParams>("sliding_window_attention_backward", q, p,
@@ -270,7 +275,7 @@ std::tuple<Tensor, Tensor> short_conv(const Tensor& x, const Tensor& weight,
                                       const OptionalTensor& cu_seqlens, bool silu,
                                       bool output_final_state) {
   const Tensor out = fresh_like(x);
-  Tensor final_state = absent(x);
+  Tensor final_state;
   ShortConvParams p;
   if (output_final_state) {
     const int64_t taps = size_of(weight, 1), n = sequences_of(cu_seqlens, size_of(x, 0));
@@ -289,17 +294,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> short_conv_backward(
     const OptionalTensor& bias, const OptionalTensor& gate, const OptionalTensor& initial_state,
     const OptionalTensor& cu_seqlens, bool silu) {
   const Tensor dx = fresh_like(x), dweight = fresh_like(weight);
-  const Tensor dbias = bias ? fresh_like(*bias) : absent(x);
-  const Tensor dgate = gate ? fresh_like(*gate) : absent(x);
-  const Tensor dinitial = initial_state ? fresh_like(*initial_state) : absent(x);
+  const Tensor dbias = fresh_like(bias);
+  const Tensor dgate = fresh_like(gate);
+  const Tensor dinitial = fresh_like(initial_state);
   ShortConvBackwardParams p;
   p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.gate = view(gate);
   p.initial_state = view(initial_state), p.cu_seqlens = view(cu_seqlens);
   p.dout = view(dout), p.dfinal_state = view(dfinal_state);
   p.dx = view(dx), p.dweight = view(dweight);
-  if (bias) p.dbias = view(dbias);
-  if (gate) p.dgate = view(dgate);
-  if (initial_state) p.dinitial_state = view(dinitial);
+  p.dbias = view(dbias);
+  p.dgate = view(dgate);
+  p.dinitial_state = view(dinitial);
   p.activation = activation_of(silu);
   run<ShortConvBackwardParams>("short_conv_backward", x, p, cpu::short_conv_backward);
   return {dx, dweight, dbias, dgate, dinitial};

@@ -43,8 +43,10 @@ inline Device device_of(const Tensor& tensor) {
   return {tensor.is_cuda() ? DeviceType::kCuda : DeviceType::kOther, tensor.get_device_index()};
 }
 
+// No view of an undefined tensor, which stands for an output that was not asked for.
 inline TensorView view(const Tensor& tensor) {
   TensorView view;
+  if (!tensor.defined()) return view;
   view.data = tensor.data_ptr();
   view.dtype = dtype_of(tensor);
   view.device = device_of(tensor);
@@ -80,9 +82,6 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank, Scal
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
-
-// What stands for an output that was not asked for: an op returns a fixed number of tensors.
-inline Tensor absent(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 
 inline ScalarType accumulator_of(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

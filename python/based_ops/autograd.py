@@ -20,12 +20,8 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.new_empty(tensor.shape)
-
-
-def _like_or_absent(tensor: torch.Tensor | None, of: torch.Tensor) -> torch.Tensor:
-    return of.new_empty(0) if tensor is None else _like(tensor)
+def _like(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.new_empty(tensor.shape)
 
 
 def _sequences(cu_seqlens: torch.Tensor | None, batch: int) -> int:
@@ -53,7 +49,7 @@ def _(dout, x, scale):
 @register_fake("based_ops::linear_attention")
 def _(q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_state):
     if not output_final_state:
-        return _like(v), q.new_empty(0), q.new_empty(0)
+        return _like(v), None, None
     batch, _, heads, feature_dim = q.shape
     n, expanded = _sequences(cu_seqlens, batch), expanded_dim(feature_dim)
     wide = _accumulator(q.dtype)
@@ -66,7 +62,7 @@ def _(q, k, v, kv_state, k_state, cu_seqlens, scale, normalize, output_final_sta
 
 @register_fake("based_ops::linear_attention_backward")
 def _(dout, dkv_state, dk_state, q, k, v, kv_state, k_state, cu_seqlens, scale, normalize):
-    return _like(q), _like(k), _like(v), _like_or_absent(kv_state, q), _like_or_absent(k_state, q)
+    return _like(q), _like(k), _like(v), _like(kv_state), _like(k_state)
 
 
 @register_fake("based_ops::linear_attention_decode")
@@ -89,7 +85,7 @@ def _(q, k, v, k_cache, v_cache, positions, cu_seqlens, window, scale, output_fi
     batch, seqlen, heads, head_dim = q.shape
     lse = q.new_empty(batch, seqlen, heads, dtype=_accumulator(q.dtype))
     if not output_final_state:
-        return _like(q), lse, q.new_empty(0), q.new_empty(0), q.new_empty(0)
+        return _like(q), lse, None, None, None
     n = _sequences(cu_seqlens, batch)
     cache = (n, window, heads, head_dim)
     dtype = torch.int64 if positions is None else positions.dtype
@@ -113,7 +109,7 @@ def _(
     window,
     scale,
 ):
-    return _like(q), _like(k), _like(v), _like_or_absent(k_cache, q), _like_or_absent(v_cache, q)
+    return _like(q), _like(k), _like(v), _like(k_cache), _like(v_cache)
 
 
 @register_fake("based_ops::sliding_window_decode")
@@ -124,20 +120,14 @@ def _(q, k, v, k_cache, v_cache, positions, state_indices, cos, sin, scale):
 @register_fake("based_ops::short_conv")
 def _(x, weight, bias, gate, initial_state, cu_seqlens, silu, output_final_state):
     if not output_final_state:
-        return _like(x), x.new_empty(0)
+        return _like(x), None
     n = _sequences(cu_seqlens, x.shape[0])
     return _like(x), x.new_empty(n, x.shape[2], weight.shape[1] - 1)
 
 
 @register_fake("based_ops::short_conv_backward")
 def _(dout, dfinal_state, x, weight, bias, gate, initial_state, cu_seqlens, silu):
-    return (
-        _like(x),
-        _like(weight),
-        _like_or_absent(bias, x),
-        _like_or_absent(gate, x),
-        _like_or_absent(initial_state, x),
-    )
+    return _like(x), _like(weight), _like(bias), _like(gate), _like(initial_state)
 
 
 @register_fake("based_ops::short_conv_decode")
@@ -160,71 +150,46 @@ def _taylor_backward(ctx, dout):
 
 
 def _linear_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6])
-    ctx.rest = inputs[6:]
+    *tensors, ctx.scale, ctx.normalize, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _linear_backward(ctx, dout, dkv_state=None, dk_state=None):
-    q, k, v, kv_state, k_state, cu_seqlens = ctx.saved_tensors
-    scale, normalize, has_final_state = ctx.rest
-    if not has_final_state:
-        dkv_state = dk_state = None
-    dq, dk, dv, dkv0, dk0 = without_graph(
+    grads = without_graph(
         ops.linear_attention_backward.default,
         _contiguous_last(dout), _contiguous_last(dkv_state), _contiguous_last(dk_state),
-        q, k, v, kv_state, k_state, cu_seqlens, scale, normalize,
+        *ctx.saved_tensors, ctx.scale, ctx.normalize,
     )  # fmt: skip
-    if kv_state is None:
-        dkv0 = dk0 = None
-    return dq, dk, dv, dkv0, dk0, None, None, None, None
+    return *grads, None, None, None, None
 
 
 def _window_setup(ctx, inputs, output):
-    q, k, v, k_cache, v_cache, positions, cu_seqlens, ctx.window, ctx.scale, ctx.has_final = inputs
+    q, k, v, k_cache, v_cache, positions, cu_seqlens, ctx.window, ctx.scale, _ = inputs
     out, lse, _, _, final_positions = output
-    ctx.mark_non_differentiable(lse, final_positions)
+    ctx.mark_non_differentiable(*(x for x in (lse, final_positions) if x is not None))
     ctx.save_for_backward(q, k, v, out, lse, k_cache, v_cache, positions, cu_seqlens)
 
 
 def _window_backward(ctx, dout, dlse=None, dk_cache=None, dv_cache=None, dpositions=None):
-    saved = ctx.saved_tensors  # once: an unpack hook may recompute them
-    k_cache = saved[5]
-    if not ctx.has_final:
-        dk_cache = dv_cache = None
-    dq, dk, dv, dk0, dv0 = without_graph(
+    grads = without_graph(
         ops.sliding_window_attention_backward.default,
         _contiguous_last(dout), _contiguous_last(dk_cache), _contiguous_last(dv_cache),
-        *saved, ctx.window, ctx.scale,
+        *ctx.saved_tensors, ctx.window, ctx.scale,
     )  # fmt: skip
-    if k_cache is None:
-        dk0 = dv0 = None
-    return dq, dk, dv, dk0, dv0, None, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _conv_setup(ctx, inputs, output):
-    *tensors, ctx.silu, ctx.has_final_state = inputs
+    *tensors, ctx.silu, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _conv_backward(ctx, dout, dfinal_state=None):
-    saved = ctx.saved_tensors
-    _, _, bias, gate, initial_state, _ = saved
-    if not ctx.has_final_state:
-        dfinal_state = None
-    dx, dweight, dbias, dgate, dinitial = without_graph(
+    grads = without_graph(
         ops.short_conv_backward.default,
-        _contiguous_last(dout), _contiguous_last(dfinal_state), *saved, ctx.silu,
+        _contiguous_last(dout), _contiguous_last(dfinal_state), *ctx.saved_tensors, ctx.silu,
     )  # fmt: skip
-    return (
-        dx,
-        dweight,
-        None if bias is None else dbias,
-        None if gate is None else dgate,
-        None if initial_state is None else dinitial,
-        None,
-        None,
-        None,
-    )
+    return *grads, None, None, None
 
 
 def _no_double_backward(op: str):
