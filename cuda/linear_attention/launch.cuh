@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <utility>
 
 #include "based/ops.h"
 #include "linear_attention/forward.cuh"
@@ -142,22 +144,35 @@ inline Status too_large(const char* op) {
                      op);
 }
 
+// Whether the current device gives a kernel's blocks so much dynamic shared memory. More than 48 KB
+// has to be asked for; that takes a tenth of a launch's time, so a thread asks once.
+inline bool allow_shared(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return true;
+  thread_local std::map<std::pair<const void*, int>, size_t> allowed;  // of a kernel on a device
+  int device = 0;
+  cudaGetDevice(&device);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return true;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(bytes)) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  most = bytes;
+  return true;
+}
+
 // One launch; `blocks` 0 launches nothing.
 template <class... Parameters, class... Values>
 Status launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads,
               size_t shared, Stream stream, const Values&... values) {
   if (blocks == 0) return {};
   if (blocks > 0x7fffffff) return too_large(op);
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return make_status(StatusCode::kUnsupported,
-                         "%s: q: expected a feature_dim whose kernel fits the GPU's shared memory, "
-                         "got one that needs %zu bytes a block",
-                         op, shared);
-    }
+  if (!allow_shared(reinterpret_cast<const void*>(kernel), shared)) {
+    return make_status(StatusCode::kUnsupported,
+                       "%s: q: expected a feature_dim whose kernel fits the GPU's shared memory, "
+                       "got one that needs %zu bytes a block",
+                       op, shared);
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
       values...);
