@@ -1,6 +1,8 @@
 """Host time of an eager call: Python, autograd, dispatch and the launch, at sizes that are no work.
 
-On a GPU the calls are queued, not waited for.
+On a GPU the calls are queued, not waited for. There autograd hands every backward to a thread of
+its own and waits for it, which is most of what a small one takes: the last rows are an
+autograd.Function of three tensors that launches nothing, and linear attention without that thread.
 """
 
 import time
@@ -25,14 +27,33 @@ def measure(device, missing):
             rows.append(_row(op, "forward", device, lambda: call(*inputs)))
         if "decode" in op or f"{op}_backward" in missing:
             continue
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        dout = torch.randn_like(call(*leaves))
-
-        def both():
-            torch.autograd.grad(call(*leaves), leaves, dout)
-
-        rows.append(_row(op, "forward+backward", device, both))
+        rows.append(_row(op, "forward+backward", device, _both(call, inputs)))
+    _, call, inputs = calls(device)[0]
+    rows.append(_row("(nothing)", "forward+backward", device, _both(Nothing.apply, inputs)))
+    if device == "cuda" and "linear_attention_backward" not in missing:
+        with torch.autograd.set_multithreading_enabled(False):
+            work = "forward+backward, one thread"
+            rows.append(_row("linear_attention", work, device, _both(call, inputs)))
     return rows
+
+
+def _both(call, inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    dout = torch.randn_like(call(*leaves))
+    return lambda: torch.autograd.grad(call(*leaves), leaves, dout)
+
+
+class Nothing(torch.autograd.Function):
+    """The least that any op of three tensors takes: outputs and gradients are allocated only."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[-1])
+
+    @staticmethod
+    def backward(ctx, dout):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 def calls(device):
