@@ -44,6 +44,7 @@ def differentiable(op, setup, backward):
             return output[0] if stateful and not inputs[-1] else output
 
     Eager.backward = staticmethod(backward)
+    apply = super(torch.autograd.Function, Eager).apply  # Eager.apply less its care for functorch
 
     def call(*inputs):
         if is_compiling():
@@ -52,7 +53,8 @@ def differentiable(op, setup, backward):
             if torch.is_grad_enabled():
                 for x in inputs[:tensors]:
                     if isinstance(x, Tensor) and x.requires_grad:
-                        return Eager.apply(*inputs)
+                        functorch = torch._C._are_functorch_transforms_active()
+                        return (Eager.apply if functorch else apply)(*inputs)
             output = _below_autograd(op, inputs)
         return output[0] if stateful and not inputs[-1] else output
 
