@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -98,6 +99,7 @@ def main():
     parser.add_argument("cells", nargs="*", metavar="REGEX", help="of their names; default: all")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a cell, about")
     parser.add_argument("--list", action="store_true", help="print the cells' names and stop")
     args = parser.parse_args()
     wanted = args.cells or [""]
@@ -109,7 +111,7 @@ def main():
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     path = args.out or HERE / "results" / f"end-to-end-{slug}.json"
     results = load(path, machine, args.commit)
-    runner = Runner()
+    runner = Runner(args.seconds)
     for cell in chosen:
         if cell.name in results["cells"]:
             continue
@@ -161,8 +163,9 @@ def summary(figures: dict) -> str:
 class Runner:
     """Holds the model of the last cell, as building one takes a second."""
 
-    def __init__(self):
+    def __init__(self, seconds: float):
         self.name, self.model = None, None
+        self.repeat = partial(repeat, limit=seconds)
 
     def run(self, cell: Cell) -> dict:
         self._free()
@@ -172,7 +175,7 @@ class Runner:
             self.name, self.model = None, None
             self._free()
             torch.compiler.reset()
-            figures = training_step.measure(cell, kernels if profile else repeat)
+            figures = training_step.measure(cell, kernels if profile else self.repeat)
         else:
             if self.name != cell.model:
                 self.name, self.model = None, None
@@ -189,7 +192,7 @@ class Runner:
 
     def _decode(self, cell: Cell, profile: bool) -> dict:
         if "attention" in self.model.config.layers:
-            return transformer_step.measure(self.model, cell, repeat, GENERATED)
+            return transformer_step.measure(self.model, cell, self.repeat, GENERATED)
         rows = most_rows(self.model) if cell.batch == MANY else cell.batch
         engine = running(self.model, rows, cell.length)
 
@@ -202,10 +205,10 @@ class Runner:
         if profile:
             return {**figures, **kernels(step, STEPS)}
         if cell.length == 0 and rows <= 128:  # all the tokens, as a user would make them
-            return {**figures, **repeat(lambda: generate(engine), GENERATED, rows)}
+            return {**figures, **self.repeat(lambda: generate(engine), GENERATED, rows)}
         if cell.length == 0:  # every step costs the same once the windows are full
             engine.state.positions.fill_(GENERATED // 2)
-        return {**figures, **repeat(step, STEPS, rows)}
+        return {**figures, **self.repeat(step, STEPS, rows)}
 
     def _prefill(self, cell: Cell, profile: bool) -> dict:
         config = self.model.config
@@ -220,7 +223,7 @@ class Runner:
                 return self.model.logits(x[:, -1])
 
         run(tokens)
-        return repeat(lambda: run(tokens), 1, cell.batch * cell.length)
+        return self.repeat(lambda: run(tokens), 1, cell.batch * cell.length)
 
 
 @torch.no_grad()
@@ -280,11 +283,11 @@ def step_bytes(model: Based, engine: Engine, rows: int, context: int) -> int:
     return int(total)
 
 
-def repeat(run, steps: int, rows: int) -> dict:
+def repeat(run, steps: int, rows: int, limit: float = SECONDS) -> dict:
     """Median time of a step over repetitions, each of so many steps of so many rows."""
     times, spent = [], 0.0
     while len(times) < REPETITIONS:
-        if spent > SECONDS and len(times) >= (LEAST_OF_LONG if spent > 2 * SECONDS else LEAST):
+        if spent > limit and len(times) >= (LEAST_OF_LONG if spent > 2 * limit else LEAST):
             break
         torch.cuda.synchronize()
         start = time.perf_counter()
