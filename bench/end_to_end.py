@@ -61,37 +61,28 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All of them, grouped by model, the targets' rows first."""
-    decode = [
-        *((model, batch, 0) for model in (OURS, BEST, PAPER) for batch in (128, 1)),
-        *((model, 64, 8192) for model in (OURS, BEST, PAPER)),
-        *((model, MANY, 8192) for model in (OURS, BEST, PAPER)),
-        (OURS, 1, 100),
-        (OURS, 1, 100_000),
-    ]
-    rest = [
-        (model, batch, context)
-        for model in (OURS, BEST, PAPER)
-        for context in (0, 8192, 32768)
-        for batch in (1, 8, 32, 128, MANY)
-        if (model, batch, context) not in decode
-    ]
-    prefill = [
-        (model, *shape)
-        for shape in ((4, 8192), (1, 131072), (2, 4096))
-        for model in (OURS, BEST, PAPER)
-    ]
-    train = [(m, b, t) for b, t in ((16, 2048), (4, 8192)) for m in (SMALL_OURS, SMALL)]
-    chosen = [
-        *(Cell("decode", *cell) for cell in decode),
-        *(Cell("decode profile", OURS, batch, 512) for batch in (128, 1)),
-        *(Cell("prefill", *cell) for cell in prefill),
-        *(Cell("train", *cell) for cell in train),
+    """All of them: those that the targets speak of, then the others, each part by model."""
+    models = (OURS, BEST, PAPER)
+    targets = [
+        *(Cell("decode", m, b, t) for m in models for b, t in ((128, 0), (64, 8192), (MANY, 8192))),
+        *(Cell("decode", OURS, 1, t) for t in (0, 100, 100_000)),
+        *(Cell("decode profile", OURS, b, 512) for b in (128, 1)),
+        *(Cell("prefill", m, b, t) for m in models for b, t in ((4, 8192), (1, 131072))),
+        *(Cell("train", m, b, t) for m in (SMALL_OURS, SMALL) for b, t in ((16, 2048), (4, 8192))),
         Cell("train profile", SMALL_OURS, 16, 2048),
-        *(Cell("decode", *cell) for cell in rest),
     ]
-    # A model is built once.
-    return sorted(chosen, key=lambda c: list(dict.fromkeys(d.model for d in chosen)).index(c.model))
+    sizes = [(b, t) for t in (0, 8192, 32768) for b in (1, 8, 32, 128, MANY)]
+    everything = [
+        *(Cell("decode", m, b, t) for m in models for b, t in sizes),
+        *(Cell("prefill", m, 2, 4096) for m in models),
+    ]
+    order = list(dict.fromkeys(cell.model for cell in targets))
+    rest = [cell for cell in everything if cell not in targets]
+    # A model is built once in each part.
+    return [
+        *sorted(targets, key=lambda c: order.index(c.model)),
+        *sorted(rest, key=lambda c: order.index(c.model)),
+    ]
 
 
 def main():
