@@ -12,6 +12,7 @@
 #include "primitives/bulk_copy.cuh"
 #include "primitives/cp_async.cuh"
 #include "primitives/decode_row.cuh"
+#include "primitives/early_launch.cuh"
 #include "primitives/element.cuh"
 #include "primitives/taylor.cuh"
 
@@ -185,6 +186,7 @@ struct alignas(4 * kDecodeFoldTokens) FoldPhi {
 template <class Element, int kVec, bool kDeferred>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
     linear_attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
+  let_next_kernel_start();
   const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, D = a.D, F = a.F, V = a.V, groups = a.groups;
   const int group = threadIdx.x / unsigned(a.columns);

@@ -1,6 +1,7 @@
 // The final state, and decoding: small kernels of one thread per row and channel.
 #pragma once
 
+#include "primitives/early_launch.cuh"
 #include "short_conv/convolution.cuh"
 
 namespace based::cuda {
@@ -43,6 +44,7 @@ struct ConvDecodeArgs {
 
 template <class Element, int kTaps>
 __global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
+  let_next_kernel_start();
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t row = index / args.channels;
   const int channel = static_cast<int>(index % args.channels);

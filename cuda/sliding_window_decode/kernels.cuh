@@ -9,6 +9,7 @@
 
 #include "primitives/cp_async.cuh"
 #include "primitives/decode_row.cuh"
+#include "primitives/early_launch.cuh"
 #include "primitives/element.cuh"
 #include "primitives/vector.cuh"
 #include "sliding_window_decode/tuning.h"
@@ -70,6 +71,7 @@ __device__ __forceinline__ void fetch(Vector<Element, kVec>* slot, const Element
 template <class Element, int kVec, int kChunks, int kLanes>
 __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM<kChunks>)
     sliding_window_decode_kernel(const __grid_constant__ WindowDecodeArgs a) {
+  let_next_kernel_start();
   using Vec = Vector<Element, kVec>;
   constexpr int kStages = kWindowDecodeStages;
   constexpr int kThreads = kWindowDecodeThreads, kWarps = kThreads / 32;

@@ -7,6 +7,7 @@ depends neither on the row of a batch nor on what was drawn before or beside it.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from based_model.config import ConfigError
@@ -97,7 +98,11 @@ def _draw(
     if least is not None:
         probs, p = least
         scores = scores.masked_fill(probs < p, -torch.inf)
-    return scores.argmax(-1)
+    # In blocks, so that a GPU has something to share out even of one row.
+    scores = F.pad(scores, (0, -scores.shape[-1] % 1024), value=-torch.inf)
+    best, token = scores.unflatten(-1, (-1, 1024)).max(-1)
+    block = best.argmax(-1, keepdim=True)
+    return (1024 * block + token.gather(-1, block))[:, 0]
 
 
 @compiled_on_gpu
