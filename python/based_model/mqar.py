@@ -139,14 +139,14 @@ class Rivalry:
     def __init__(self, config: MqarConfig, results: Results):
         self.config = config
         self.best = {}  # by model and epoch: the highest accuracy
-        self.reached = {
-            model_of(record["run"])
-            for record in results.records
-            if record["accuracy"] > record["run"]["enough"]
-        }
+        self.reached = set()
+        for record in results.records:
+            run = RunConfig(**record["run"])
+            for epoch, accuracy in enumerate(record["curve"], 1):
+                self.hopeless(run, epoch, accuracy)
 
     def hopeless(self, run: RunConfig, epoch: int, accuracy: float) -> bool:
-        """To be asked after every epoch, and with epoch 0 before a run."""
+        """To be asked after every epoch, which it keeps in mind, and with epoch 0 before a run."""
         model = model_of(run.settings())
         if accuracy > run.enough:
             self.reached.add(model)
@@ -199,9 +199,10 @@ def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
                     record = run.record()
                     results.append(record)
                     bar.write(summary(record, run.config.name()))
-            if stop.number:
-                return False
-            if config.time_limit and time.perf_counter() - started > config.time_limit:
+            late = config.time_limit and time.perf_counter() - started > config.time_limit
+            if stop.number or late:
+                for run, _ in active:
+                    bar.write(f"{run.config.name()}: stopped after {run.epoch} epochs")
                 return False
     return True
 

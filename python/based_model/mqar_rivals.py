@@ -75,7 +75,7 @@ RIVALS = {
     ),
     "rwkv7": RivalKind(
         "RWKV7Attention",
-        lambda d, _: {"hidden_size": d, "head_dim": 64},
+        lambda d, _: {"hidden_size": d, "head_dim": 64, "num_hidden_layers": 2},
         lambda d, _: 64 * d + d,
     ),
     "gla": RivalKind(

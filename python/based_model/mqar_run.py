@@ -133,6 +133,7 @@ class Run:
         self.graphs = graphs and self.cuda
         self.started = time.perf_counter()
         self.epoch, self.loss, self.accuracy, self.by_task = 0, math.nan, 0.0, []
+        self.curve: list[float] = []  # the accuracy after every epoch
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # of all its graphs
         self.model = build_model(config)
@@ -177,6 +178,7 @@ class Run:
             *by_task, self.loss = results.tolist()
             counts = [len(examples) for examples in self.test]
             self.accuracy = sum(a * n for a, n in zip(by_task, counts)) / sum(counts)
+            self.curve.append(round(self.accuracy, 4))
             self.epoch = epoch + 1
             self.by_task = [
                 [examples.tokens.shape[1], examples.answers.shape[1], round(accuracy, 5)]
@@ -191,7 +193,8 @@ class Run:
         return {
             "run": self.config.settings(),
             "accuracy": round(self.accuracy, 5),
-            "by_task": self.by_task,
+            "by_task": self.by_task,  # seqlen, pairs, accuracy
+            "curve": self.curve,
             "loss": round(self.loss, 5) if math.isfinite(self.loss) else None,
             "epochs": self.epoch,
             "state_bytes": self.state_bytes,

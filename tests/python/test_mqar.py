@@ -194,6 +194,8 @@ def test_training_learns_and_is_reproducible():
     assert [row[:2] for row in record["by_task"]] == [[16, 2], [32, 6]]
     by_task = [row[2] for row in record["by_task"]]
     assert record["accuracy"] == pytest.approx(sum(by_task) / 2, abs=1e-4)
+    assert len(record["curve"]) == record["epochs"]
+    assert record["curve"][-1] == pytest.approx(record["accuracy"], abs=1e-4)
     again = finished(config)
     assert again["by_task"] == record["by_task"] and again["loss"] == record["loss"]
 
@@ -244,6 +246,11 @@ def test_a_run_far_behind_is_given_up(tmp_path):
     first, second = config.runs()
     assert not rivalry.hopeless(first, 2, 0.5)
     assert not rivalry.hopeless(second, 2, 0.45) and rivalry.hopeless(second, 2, 0.35)
+    # What the results file knows counts as well.
+    results = mqar.Results(config.out)
+    results.append({"run": first.settings(), "curve": [0.1, 0.6]})
+    rivalry = mqar.Rivalry(config, results)
+    assert rivalry.hopeless(second, 2, 0.45) and not rivalry.hopeless(second, 2, 0.55)
 
 
 def test_sweep_files(tmp_path):
