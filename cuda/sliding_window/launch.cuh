@@ -131,4 +131,9 @@ WindowCut cut(Kernel kernel, WindowLayout& l) {
           l.packed ? l.seqlen / l.rows + l.sequences + 1 : l.sequences * l.tiles_of_each};
 }
 
+// The backward on Hopper (backward_fused.cuh), for 16-bit calls without an initial ring whose rows
+// are aligned and whose blocks fit shared memory; false, with nothing launched, for all others.
+bool launch_fused_backward(const SlidingWindowBackwardParams& p, WindowLayout layout,
+                           cudaStream_t stream, Status& status);
+
 }  // namespace based::cuda

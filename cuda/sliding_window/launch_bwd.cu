@@ -26,6 +26,7 @@ Status sliding_window_attention_backward(const SlidingWindowBackwardParams& p, v
        {&p.dout, &p.dq, &p.dk, &p.dv, &p.dinitial_k_cache, &p.dinitial_v_cache}) {
     layout.aligned &= rows_aligned(*view, bytes);
   }
+  if (launch_fused_backward(p, layout, stream, status)) return status;
   return dispatch_tile<Tile>(kOp, p.q, [&](auto type) {
     using T = typename decltype(type)::type;
     if (layout.heads == 0) return Status();

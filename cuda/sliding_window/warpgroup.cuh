@@ -1,0 +1,145 @@
+// Blocks of 64 rows in shared memory as wgmma reads them, and the products of attention on them, by
+// a warpgroup. Accumulators lie as in primitives/mma.cuh.
+#pragma once
+
+#include "primitives/mma.cuh"
+#include "sliding_window/tiles.cuh"
+
+namespace based::cuda {
+
+constexpr int kGroupRows = 64;
+
+// (64, kV) in shared memory: parts of 64 columns, one behind the other, with rows of 128 bytes
+// whose 16-byte chunks are permuted: chunk c of row r lies at c xor r mod 8 (wgmma's 128-byte
+// swizzle). Starts at a multiple of 1024 bytes.
+template <class Element_, int kV_>
+struct GroupTile {
+  using Element = Element_;
+  static constexpr int kV = kV_;
+  static constexpr int kPartBytes = kGroupRows * 128, kParts = (kV + 63) / 64;
+  static constexpr int kBytes = kParts * kPartBytes;
+
+  char* bytes;
+
+  __device__ __forceinline__ Element& at(int row, int column) const {
+    char* part = bytes + column / 64 * kPartBytes + row * 128;
+    const int chunk = column / 8 % 8 ^ row % 8;
+    return reinterpret_cast<Element*>(part + chunk * 16)[column % 8];
+  }
+
+  // Rows of 16 k, columns 16 step ... of the tile.
+  __device__ __forceinline__ uint64_t along_rows(int step) const {
+    return descriptor(step / 4 * kPartBytes + step % 4 * 32);
+  }
+  // 16 rows of n from row 16 step on, the columns of a part.
+  __device__ __forceinline__ uint64_t along_columns(int step, int part) const {
+    return descriptor(part * kPartBytes + step * 16 * 128);
+  }
+
+ private:
+  // 8 rows of 128 bytes are 1024 bytes; swizzle of 128 bytes. The upper half is a constant.
+  __device__ __forceinline__ uint64_t descriptor(int offset) const {
+    const uint32_t low = shared_address(bytes) / 16 + 65536u;
+    return uint64_t(1024 / 16 | 1u << 30) << 32 | (low + uint32_t(offset) / 16);
+  }
+};
+
+// d (64, 64) (+)= A (64, 16) times the transpose of B (64, 16), both in shared memory as rows of k.
+template <class Element>
+__device__ __forceinline__ void wgmma_ss_nt(float (&d)[32], uint64_t a, uint64_t b,
+                                            bool accumulate) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" BASED_REGS32
+        "}, %32, %33, p, 1, 1, 0, 0;}\n"
+        : BASED_ALL32
+        : "l"(a), "l"(b), "r"(int(accumulate)));
+  } else {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" BASED_REGS32
+        "}, %32, %33, p, 1, 1, 0, 0;}\n"
+        : BASED_ALL32
+        : "l"(a), "l"(b), "r"(int(accumulate)));
+  }
+}
+
+// s (64, 64) <- A times the transpose of B.
+template <class Tile>
+__device__ __forceinline__ void group_mma_ABt(float (&s)[32], const Tile& a, const Tile& b) {
+#pragma unroll
+  for (int k = 0; k < Tile::kV / 16; ++k) {
+    wgmma_ss_nt<typename Tile::Element>(s, a.along_rows(k), b.along_rows(k), k > 0);
+  }
+}
+
+// (64, kV) sums: columns 0 ... 63 and the rest.
+template <int kV>
+struct GroupSums {
+  static constexpr int kRest = kV - 64;
+  float first[32];
+  float rest[kRest > 0 ? kRest / 2 : 1];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (float& x : first) x = 0.0f;
+#pragma unroll
+    for (float& x : rest) x = 0.0f;
+  }
+
+  // fn(the sums (64, kOut) as tiles of 8 columns, kOut, the first column)
+  template <class Fn>
+  __device__ __forceinline__ void for_each_part(const Fn& fn) {
+    fn(reinterpret_cast<float (&)[8][4]>(first), std::integral_constant<int, 64>{}, 0);
+    if constexpr (kRest > 0) {
+      fn(reinterpret_cast<float (&)[kRest / 8][4]>(rest), std::integral_constant<int, kRest>{}, 64);
+    }
+  }
+
+  __device__ __forceinline__ bool all_finite() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (float x : first) sum = fmaf(x, 0.0f, sum);
+#pragma unroll
+    for (float x : rest) sum = fmaf(x, 0.0f, sum);
+    return sum == 0.0f;
+  }
+
+  __device__ __forceinline__ void begin() { mma_begin(first, rest); }
+  template <int kPending>
+  __device__ __forceinline__ void wait() {
+    mma_wait<kPending>(first, rest);
+  }
+
+  // += a (64, 64) times the tile.
+  template <class Tile>
+  __device__ __forceinline__ void add(const uint32_t (&a)[4][4], const Tile& tile) {
+    using Element = typename Tile::Element;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      wgmma_rs<Element, 64, true>(first, a[k], tile.along_columns(k, 0), true);
+      if constexpr (kRest > 0) {
+        wgmma_rs<Element, kRest, true>(rest, a[k], tile.along_columns(k, 1), true);
+      }
+    }
+  }
+};
+
+// (64, 64) sums, rounded, as left operand.
+template <class Element>
+__device__ __forceinline__ void group_operand(uint32_t (&a)[4][4], const float (&x)[32]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = pack(Element(), x[2 * i], x[2 * i + 1]);
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+}  // namespace based::cuda
