@@ -4,7 +4,7 @@
 
 A cell is one model at one size; --list names them, most important first, and a regular expression
 chooses. Each cell is in FILE.json as soon as it is measured, and one that is there is not measured
-again, so a run may be cut off and continued: all of it takes about five minutes of an H100. With
+again, so a run may be cut off and continued: all of it takes about six minutes of an H100. With
 no --out the file is bench/results/end-to-end-<machine>.json, and RESULTS.md is rendered.
 
 Random weights in bf16. Our decode steps run in based_model.Engine, host included. A context is
@@ -101,7 +101,8 @@ def main():
     machine = torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     path = args.out or HERE / "results" / f"end-to-end-{slug}.json"
-    results = load(path, machine, args.commit)
+    results = json.loads(path.read_text()) if path.exists() else head(machine)
+    measured = {"commit": args.commit or commit(), "date": datetime.date.today().isoformat()}
     runner = Runner(args.seconds)
     for cell in chosen:
         if cell.name in results["cells"]:
@@ -112,7 +113,7 @@ def main():
         except Exception as error:  # one cell must not take the others with it
             first, *_ = str(error).splitlines() or [""]
             figures = {"failure": f"{type(error).__name__}: {first[:300]}"}
-        results["cells"][cell.name] = {**asdict(cell), **figures}
+        results["cells"][cell.name] = {**asdict(cell), **figures, **measured}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
         seconds = time.perf_counter() - began
@@ -120,19 +121,19 @@ def main():
     sys.exit(any("failure" in cell for cell in results["cells"].values()))
 
 
-def load(path: Path, machine: str, commit: str | None) -> dict:
-    """What an earlier part of the run left there, or the head of a new file."""
-    if path.exists():
-        return json.loads(path.read_text())
-    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    known = commit or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+def head(machine: str) -> dict:
+    """Results without a cell."""
     return {
         "machine": {"name": machine, "torch": torch.__version__},
-        "date": datetime.date.today().isoformat(),
-        "commit": known or "unknown",
         "ceilings": ceilings.measure(timing.CudaTimer(), "cuda", {torch.bfloat16}, seconds=0.3),
         "cells": {},
     }
+
+
+def commit() -> str:
+    """What is measured, with -dirty for changes on top."""
+    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def summary(figures: dict) -> str:
@@ -213,7 +214,7 @@ class Runner:
                     x, _ = self.model.hidden(tokens)
                 return self.model.logits(x[:, -1])
 
-        run(tokens)
+        run(tokens[:, : cell.length // 8])  # compiles
         return self.repeat(lambda: run(tokens), 1, cell.batch * cell.length)
 
 

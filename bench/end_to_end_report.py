@@ -48,8 +48,8 @@ def markdown(results: dict, figure: str) -> str:
     cells, ceilings = results["cells"], results["ceilings"]
     parts = [
         f"## {results['machine']['name']}, end to end",
-        f"torch {results['machine']['torch']}, {results['date']}, commit {results['commit']}. "
-        f"Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
+        f"torch {results['machine']['torch']}, {every(cells, 'date')}, commit "
+        f"{every(cells, 'commit')}. Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
         f"{max(ceilings['gemm_tflop_s'].values()):.0f} TFLOP/s.",
         NOTES,
         f"![Throughput and memory]({figure})",
@@ -77,9 +77,14 @@ def readme(results: dict, figure: str) -> str:
     for model in (OURS, BEST, PAPER):
         found = [find(cells, work, model, b, t) for work, b, t in columns.values()]
         rows.append((ROLES[model], *(rate(cell) for cell in found)))
-    where = f"{results['machine']['name']}, torch {results['machine']['torch']}, {results['date']}"
+    machine, date = results["machine"], every(cells, "date")
+    where = f"{machine['name']}, torch {machine['torch']}, {date}"
     picture = f"![Throughput and memory]({figure})"
     return "\n\n".join([f"{where}, bf16:", table(rows), table(train_rows(cells)), picture])
+
+
+def every(cells: dict, key: str) -> str:
+    return ", ".join(sorted({cell[key] for cell in cells.values()}))
 
 
 def find(cells: dict, work: str, model: str, batch, length: int) -> dict | None:
@@ -219,7 +224,8 @@ def draw(results: dict, path: Path):
     by_context.set_title("decode, batch 32")
     memory.set(xlabel="context", ylabel="MB", xscale="log", yscale="log")
     memory.set_title("state of one sequence")
-    figure.suptitle(f"{results['machine']['name']}, bf16, {results['date']}", fontsize=10)
+    date = every(results["cells"], "date")
+    figure.suptitle(f"{results['machine']['name']}, bf16, {date}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -113,9 +113,10 @@ def served(engine, wanted, delays):
 @pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
 @pytest.mark.parametrize("slots, chunk", [(1, 100), (3, 4), (6, 2)])
 def test_equals_the_plain_loop_in_fp32(device, layers, slots, chunk):
-    model, wanted = tiny_model(device, layers), requests_of(8)
-    engine = Poisoned(model, slots, context=CONTEXT, chunk=chunk)
-    got = served(engine, wanted, delays=[0, 0, 0, 0, 5, 6, 20, 21])
+    model, wanted = tiny_model(device, layers), requests_of(8 if device == "cpu" else 4)
+    sizes = None if device == "cpu" else [slots]  # on a GPU each is a graph to capture
+    engine = Poisoned(model, slots, context=CONTEXT, chunk=chunk, batch_sizes=sizes)
+    got = served(engine, wanted, delays=[0, 0, 1, 0, 5, 6, 20, 21])
     assert got == [plain(model, *request) for request in wanted]
 
 
@@ -125,7 +126,7 @@ def test_any_order_of_joining_and_leaving_gives_the_same(device, layers):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model, wanted = tiny_model(device, layers, dtype), requests_of(9)
     expected = None
-    for trial in range(4):
+    for trial in range(4 if device == "cpu" else 2):
         rng = random.Random(trial)
         delays = [rng.randrange(15) for _ in wanted]
         order = rng.sample(range(len(wanted)), len(wanted))

@@ -24,8 +24,14 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows, width", [(1, 1), (7, 3), (50264, 1792), (1680, 4608), (129, 70)])
+@pytest.mark.parametrize(
+    "rows, width, dtype",
+    [
+        *((7, 3, torch.float32), (129, 70, torch.float32), (1680, 4608, torch.float16)),
+        *((1, 1, torch.bfloat16), (129, 70, torch.bfloat16), (50264, 1792, torch.bfloat16)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("first", ["nothing", "norm", "update and norm", "swiglu"])
 def test_gemv_on_cuda(rows, width, first, dtype):
     from based_model.gemv import gemv
@@ -70,12 +76,10 @@ class Recorded(Engine):
         model.decode = recorded
 
 
-@pytest.mark.parametrize("slots", [1, 2, 8, 40])
+@pytest.mark.parametrize("slots", [1, 8, 40])
 @pytest.mark.parametrize("config", [SMALL, PRESETS["based-360m"]], ids=["small", "based-360m"])
 def test_graph_on_cuda_follows_the_forward(config, slots):
     """Teacher-forced: logits within 2e-2 of forward(), the argmax where the margin is larger."""
-    if config is not SMALL and slots == 2:
-        pytest.skip("the larger model is run at three sizes")
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Based(config).bfloat16().requires_grad_(False)
