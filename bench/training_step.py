@@ -35,8 +35,9 @@ def measure(cell, timed) -> dict:
 
     def step():
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16), sdpa_kernel(ATTENTIONS, set_priority=True):
-            loss = mean_loss(model, model.hidden(inputs)[0], targets)
+        with sdpa_kernel(ATTENTIONS, set_priority=True):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = mean_loss(model, model.hidden(inputs)[0], targets)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

