@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -260,7 +260,15 @@ def _print_texts(
 ):
     steps = continue_text(model, text, prefix, config.max_new_tokens, config, config.seed)
     if config.report_every:
-        steps = _with_reports(steps, prefix, config.report_every)
+        read = prefix.state.positions.tolist()
+
+        def size(tokens: int) -> int:
+            """Bytes of state after so many; on a GPU the part in use of what the engine holds."""
+            if prefix.logits.is_cuda:
+                return sum(model.state_size(before + tokens) for before in read)
+            return prefix.state.nbytes()
+
+        steps = _with_reports(steps, size, config.report_every)
     if len(prefix) == 1:
         print(prompts[0], end="", flush=True)
         for (piece,) in steps:
@@ -275,7 +283,9 @@ def _print_texts(
         print(f"----- continuation {copy + 1}\n{continuation}")
 
 
-def _with_reports(steps: Iterator[list[str]], prefix: Prefix, every: int) -> Iterator[list[str]]:
+def _with_reports(
+    steps: Iterator[list[str]], size: Callable[[int], int], every: int
+) -> Iterator[list[str]]:
     """steps as they are, with the state's size and the time per token on standard error."""
     started = time.perf_counter()
     for i, pieces in enumerate(steps, 1):
@@ -283,8 +293,8 @@ def _with_reports(steps: Iterator[list[str]], prefix: Prefix, every: int) -> Ite
         if i % every == 0:
             now = time.perf_counter()
             ms = 1e3 * (now - started) / every
-            size = f"{prefix.state.nbytes():,} bytes of state"
-            print(f"\n[{i} tokens: {size}, {ms:.2f} ms per token]", file=sys.stderr)
+            held = f"{size(i):,} bytes of state"
+            print(f"\n[{i} tokens: {held}, {ms:.2f} ms per token]", file=sys.stderr)
             started = now
 
 
