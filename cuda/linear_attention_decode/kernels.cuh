@@ -187,6 +187,7 @@ template <class Element, int kVec, bool kDeferred>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
     linear_attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
   let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, D = a.D, F = a.F, V = a.V, groups = a.groups;
   const int group = threadIdx.x / unsigned(a.columns);

@@ -89,8 +89,8 @@ Status launch(const char* op, const LinearAttentionDecodeParams& p, DecodeArgs a
       if (shared > 47 * 1024) {  // more than a block gets without asking
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       }
-      kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
-          a);
+      launch_early<DecodeArgs>(kernel, static_cast<unsigned>(blocks), threads, shared,
+                               static_cast<cudaStream_t>(stream), a);
       return launch_status(op);
     };
     return a.V % 4 == 0 ? run(std::integral_constant<int, 4>{})

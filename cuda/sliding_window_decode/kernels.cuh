@@ -72,6 +72,7 @@ template <class Element, int kVec, int kChunks, int kLanes>
 __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM<kChunks>)
     sliding_window_decode_kernel(const __grid_constant__ WindowDecodeArgs a) {
   let_next_kernel_start();
+  wait_for_earlier_kernels();
   using Vec = Vector<Element, kVec>;
   constexpr int kStages = kWindowDecodeStages;
   constexpr int kThreads = kWindowDecodeThreads, kWarps = kThreads / 32;

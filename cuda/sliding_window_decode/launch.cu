@@ -81,10 +81,12 @@ Status sliding_window_decode(const SlidingWindowDecodeParams& p, void*, Stream s
                          rows_are_vectors(p.v_cache, kCount, kBytes);
     return dispatch_lanes<Element>(
         static_cast<int>(head_dim), aligned, [&](auto vec, auto chunks, auto lanes) {
-          sliding_window_decode_kernel<Element, decltype(vec)::value, decltype(chunks)::value,
-                                       decltype(lanes)::value>
-              <<<static_cast<unsigned>(blocks), kWindowDecodeThreads, 0,
-                 static_cast<cudaStream_t>(stream)>>>(window_decode_args(p));
+          const auto kernel =
+              sliding_window_decode_kernel<Element, decltype(vec)::value, decltype(chunks)::value,
+                                           decltype(lanes)::value>;
+          launch_early<WindowDecodeArgs>(kernel, static_cast<unsigned>(blocks),
+                                         kWindowDecodeThreads, 0, static_cast<cudaStream_t>(stream),
+                                         window_decode_args(p));
           return launch_status(kOp);
         });
   });
