@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
             load_block<T>(columns.x(stage), rK, s, band.lower, band.upper, V, layout.aligned);
             load_block<T>(columns.y(stage), rV, s, band.lower, band.upper, V, layout.aligned);
           });
-      again = !again && __syncthreads_or(false);
+      again = !again && any_in_block(false);
       if (!again) out0 += kOut;
     }
     return;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kQueries>::kThread
       }
     }
     columns.skip(released, before + count);
-    again = !again && __syncthreads_or(!finite);
+    again = !again && any_in_block(!finite);
     if (!again) out0 += kOut;
   }
 }

@@ -1,12 +1,12 @@
 // The backward of 16-bit calls on Hopper, in one kernel that reads every row once (the formulas are
 // in backward.cuh).
 //
-// A CTA walks along one head of a sequence in blocks of 64 rows. Three warpgroups: one loads, k and
-// v into one ring of slots, q, dout and lse into another; one takes block after block of queries
-// and computes their dq; one takes block after block of keys and computes their dk and dv, as soon
-// as all queries that see them have passed. What dk needs from the row sums, delta, comes from the
-// dq warpgroup: it passes over the keys of its queries twice, first for delta_t = sum_s p_ts
-// <dout_t, v_s> / sum_s p_ts, then for ds. So out is not read, and its rounding does not matter.
+// A CTA walks along one head of a sequence in blocks of 64 rows. One of its warpgroups loads, k and
+// v into one ring of slots, q, dout and lse into another. One takes block after block of queries
+// and passes over their keys twice: for delta_t = sum_s p_ts <dout_t, v_s> / sum_s p_ts, then for
+// dq; where registers allow, two warpgroups share this. One takes block after block of keys and
+// computes dk and dv, as soon as the queries that see them have their delta. So out is not read,
+// and its rounding does not matter.
 //
 // A CTA owns the queries and the keys of its rows. Keys before them are only loaded, queries behind
 // them only get their delta. Sums are never shared, so the result does not depend on scheduling.
@@ -18,11 +18,14 @@
 
 namespace based::cuda {
 
-// Registers of a thread of each warpgroup.
+// Registers of a thread of each warpgroup. More than the CTA came with are never there: a warpgroup
+// would wait for them for ever.
 template <bool kDeltaGroup>
 struct FusedRegisters {
   static constexpr int kLoads = kDeltaGroup ? 40 : 56, kDelta = 112;
   static constexpr int kQueries = kDeltaGroup ? 152 : 208, kKeys = kDeltaGroup ? 208 : 240;
+  static_assert(kLoads + (kDeltaGroup ? kDelta : 0) + kQueries + kKeys <=
+                (kDeltaGroup ? 4 * 128 : 3 * 168));
 };
 
 // Where there is no wgmma the kernel is empty, and a bound of one thread says so to the launcher.
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(kHasWgmma ? FusedShared<Tile>::kThreads : 1, 1
     const auto twice = [&](const auto& walk) {  // if what comes out is not finite
       do {
         const bool finite = walk();
-        again = !again && __syncthreads_or(!finite);
+        again = !again && any_in_block(!finite);
       } while (again);
     };
     const auto queries = [&](auto with_delta, auto with_dq) {

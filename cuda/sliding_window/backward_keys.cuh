@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
             cp_async_4(columns.lse(stage) + threadIdx.x % 32,  // delta lies behind
                        vector.row(at <= band.upper ? at : 0), at <= band.upper);
           });
-      again = !again && __syncthreads_or(false);
+      again = !again && any_in_block(false);
       if (!again) out0 += kOut;
     }
     return;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kKeys>::kThreads,
       }
     }
     columns.skip(released, before + count);
-    again = !again && __syncthreads_or(!finite);
+    again = !again && any_in_block(!finite);
     if (!again) out0 += kOut;
   }
 }

@@ -17,6 +17,20 @@
 
 namespace based::cuda {
 
+// Whether x holds in some thread of the CTA, asked where warps of different roles are:
+// __syncthreads_or would have to be one and the same for all of them.
+__device__ __forceinline__ bool any_in_block(bool x) {
+  int any;
+  asm volatile(
+      "{.reg .pred x, any; setp.ne.b32 x, %1, 0;\n"
+      "barrier.cta.red.or.pred any, 3, %2, x;\n"
+      "selp.b32 %0, 1, 0, any;}\n"
+      : "=r"(any)
+      : "r"(int(x)), "r"(blockDim.x)
+      : "memory");
+  return any != 0;
+}
+
 // Element by element, one lane a row: this is rare.
 template <class T>
 __device__ __forceinline__ void cleanse(typename T::Element* sX, float* flags) {
@@ -54,7 +68,7 @@ struct Columns {
   __device__ __forceinline__ void init(int computing_warps) const {
     for (int i = 0; i < count; ++i) {
       full(i).init(32);
-      empty(i).init(computing_warps);
+      empty(i).init(32 * computing_warps);
     }
   }
 
@@ -91,27 +105,17 @@ struct Columns {
     return stage;
   }
 
-  // By a computing warp: it is done with the blocks before `end`, all of which it has waited for,
-  // and has said so of those before `released`.
+  // By every lane of a computing warp: it is done with the blocks before `end`, all of which it has
+  // waited for, and has said so of those before `released`. One lane could speak for a warp after
+  // __syncwarp(), but racecheck believes only those that arrive.
   __device__ __forceinline__ void release(int& released, int end) const {
-    __syncwarp();
-    for (int n = released + threadIdx.x % 32; n < end; n += 32) {
-      empty(n - round_of(n) * count).arrive();
-    }
-    released = max(released, end);
+    for (; released < end; ++released) empty(released - round_of(released) * count).arrive();
   }
 
-  // The same for blocks that it has no use for. They have to be there all the same, those of a
-  // stage one after the other: a barrier must not be a phase ahead.
+  // The same for blocks that it has no use for. They have to be there all the same: a barrier must
+  // not be a phase ahead.
   __device__ __forceinline__ void skip(int& released, int end) const {
-    const int at_once = min(count, 32), lane = threadIdx.x % 32;
-    for (; released < end; released += at_once) {
-      __syncwarp();
-      const int n = released + lane;
-      if (lane < at_once && n < end) empty(wait(n)).arrive();
-    }
-    __syncwarp();
-    released = end;
+    for (; released < end; ++released) empty(wait(released)).arrive();
   }
 
  private:

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
             load_block<T>(columns.x(stage), rK, s, band.lower, band.upper, V, layout.aligned);
             load_block<T>(columns.y(stage), rV, s, band.lower, band.upper, V, layout.aligned);
           });
-      if (again || !__syncthreads_or(false)) return;
+      if (again || !any_in_block(false)) return;
       again = true;
     }
   }
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(WindowTraits<T, WindowPass::kForward>::kThread
       }
     }
     columns.skip(released, before + count);
-    if (again || !__syncthreads_or(!finite)) return;
+    if (again || !any_in_block(!finite)) return;
     again = true;
   }
 }

@@ -6,6 +6,14 @@
 
 namespace based::cuda {
 
+// What the lane's columns of an accumulator have in common with a vector (64,).
+__device__ __forceinline__ void load_columns(float2 (&x)[8], const float* vector) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    x[j] = *reinterpret_cast<const float2*>(vector + 8 * j + threadIdx.x % 4 * 2);
+  }
+}
+
 template <class Tile>
 __device__ __forceinline__ bool compute_dk_dv(
     const FusedShared<Tile>& shared, const FusedRange& range, const SlidingWindowBackwardParams& p,
@@ -13,8 +21,9 @@ __device__ __forceinline__ bool compute_dk_dv(
     const RowSource<typename Tile::Element>& dv, int back, int head_dim, int window, float scale,
     bool checked, Cursor& at_k, Cursor& at_q) {
   using Element = typename Tile::Element;
-  const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+  const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4;
   const float log_scale = scale * kLog2E;
+  const VisiblePairs<true> visible(back, window);
   bool finite = true;
 #pragma unroll 1
   for (int key = range.key_first; key < range.all_last; ++key) {
@@ -55,37 +64,30 @@ __device__ __forceinline__ bool compute_dk_dv(
       mma_commit();
       group_mma_ABt(y, v, dout);
       mma_commit();
+      float2 lse[8], delta[8];  // of the lane's columns
+      load_columns(lse, shared.lse(at.slot));
       mma_wait<1>(x);
-      const float* lse = shared.lse(at.slot) + c;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 value = *reinterpret_cast<const float2*>(lse + 8 * j);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (checked) x[4 * j + e] += shared.flags(at_k.slot)[16 * warp + g + e / 2 * 8];
-          x[4 * j + e] = weight<Element>(x[4 * j + e], log_scale, e % 2 == 0 ? value.x : value.y);
-        }
+      for (int e = 0; e < 32; ++e) {
+        const float2& value = lse[e / 4];
+        x[e] = weight<Element>(x[e], log_scale, e % 2 == 0 ? value.x : value.y);
       }
-      const int distance = (block - key) * kGroupRows + c - 16 * warp - g;
-      const bool cut = cut_by_window(block - key, window);
-      if (cut) mask_group<false>(x, distance, window);
+      const bool cut = visible.cut(block - key);
+      if (cut) visible.mask(x, block - key);
       uint32_t weights[4][4], ds[4][4];
       group_operand<Element>(weights, x);
-      mma_wait<0>(y);
       sum_v.begin();
       sum_v.add(weights, dout);
       mma_commit();
       shared.ready(at.slot).wait(at.phase);
-      const float* delta = shared.delta(at.slot) + c;
+      load_columns(delta, shared.delta(at.slot));
+      mma_wait<1>(y);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 value = *reinterpret_cast<const float2*>(delta + 8 * j);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          y[4 * j + e] = x[4 * j + e] * (y[4 * j + e] - (e % 2 == 0 ? value.x : value.y));
-        }
+      for (int e = 0; e < 32; ++e) {
+        const float2& value = delta[e / 4];
+        y[e] = x[e] * (y[e] - (e % 2 == 0 ? value.x : value.y));
       }
-      if (cut && checked) mask_group<false>(y, distance, window);
+      if (cut && checked) visible.mask(y, block - key);
       group_operand<Element>(ds, y);
       sum_k.begin();
       sum_k.add(ds, q);
@@ -94,20 +96,19 @@ __device__ __forceinline__ bool compute_dk_dv(
       sum_k.template wait<0>();
       if (block == key) shared.empty_q(at.slot).arrive();
     }
+    // Of a key that was not finite nothing is left but NaN.
+    float flags[2] = {};
+    if (checked) {
+      flags[0] = shared.flags(at_k.slot)[16 * warp + g];
+      flags[1] = shared.flags(at_k.slot)[16 * warp + g + 8];
+    }
     shared.empty_k(at_k.slot).arrive();
     at_k.advance(shared.key_slots);
     at_q.advance(shared.q_slots);
 
     finite &= sum_k.all_finite() && sum_v.all_finite();
-    const auto store = [&](auto& sums, float factor, const auto& target) {
-      const float factors[2] = {factor, factor};
-      sums.for_each_part([&](const auto& part, auto out, int column) {
-        store_strip<Tile, decltype(out)::value>(part, factors, target, strip, column, head_dim,
-                                                true, [&](int s) { return s < seq.length; });
-      });
-    };
-    store(sum_k, scale, dk);
-    store(sum_v, 1.0f, dv);
+    store_group<Tile>(sum_k, scale + flags[0], scale + flags[1], dk, strip, seq.length, head_dim);
+    store_group<Tile>(sum_v, 1.0f + flags[0], 1.0f + flags[1], dv, strip, seq.length, head_dim);
   }
   return finite;
 }

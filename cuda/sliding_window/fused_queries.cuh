@@ -5,25 +5,48 @@
 
 namespace based::cuda {
 
+// Which pairs of a block of 64 queries and one of 64 keys are visible: those whose distance is in
+// [0, W). It depends on how many blocks the keys lie `behind` only; bit e is the lane's element e.
+// kKeys: rows are keys, not queries.
+//
 // A weight that is 0 leaves nothing of a finite factor; unless tiles are checked, what is not
-// finite makes the sums NaN and the CTA start again. A pair (query, key) is visible if their
-// distance is in [0, W). `distance` is that of element 0 of the lane; from there it falls (kDown)
-// or rises along the columns, the other way along the rows.
-template <bool kDown>
-__device__ __forceinline__ void mask_group(float (&x)[32], int distance, int window) {
-#pragma unroll
-  for (int e = 0; e < 32; ++e) {
-    const int column = e / 4 * 8 + e % 2, row = e / 2 % 2 * 8;
-    const int at = kDown ? distance + row - column : distance - row + column;
-    if (unsigned(at) >= unsigned(window)) x[e] = 0.0f;
-  }
-}
+// finite makes the sums NaN and the CTA start again.
+template <bool kKeys>
+struct VisiblePairs {
+  int back, window;
+  uint32_t nearest, last_but_one, last;
 
-// Whether a block of keys that lies `behind` blocks behind the queries has pairs that are not
-// visible.
-__device__ __forceinline__ bool cut_by_window(int behind, int window) {
-  return behind == 0 || behind * kGroupRows + kGroupRows - 1 >= window;
-}
+  __device__ __forceinline__ VisiblePairs(int back, int window)
+      : back(back),
+        window(window),
+        nearest(bits(0)),
+        last_but_one(bits(back - 2)),
+        last(bits(back - 1)) {}
+
+  // x <- 0 where a pair is not visible.
+  __device__ __forceinline__ void mask(float (&x)[32], int behind) const {
+    const uint32_t seen = behind == 0 ? nearest : behind == back - 1 ? last : last_but_one;
+#pragma unroll
+    for (int e = 0; e < 32; ++e) x[e] = (seen & 1u << e) != 0 ? x[e] : 0.0f;
+  }
+  // Whether some pair is not.
+  __device__ __forceinline__ bool cut(int behind) const {
+    return behind == 0 || behind * kGroupRows + kGroupRows - 1 >= window;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t bits(int behind) const {
+    uint32_t seen = 0;
+#pragma unroll
+    for (int e = 0; e < 32; ++e) {
+      const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 % 2 * 8;
+      const int column = threadIdx.x % 4 * 2 + e / 4 * 8 + e % 2;
+      const int distance = behind * kGroupRows + (kKeys ? column - row : row - column);
+      if (unsigned(distance) < unsigned(window)) seen |= 1u << e;
+    }
+    return seen;
+  }
+};
 
 // x <- p and y <- dout v^T of 64 queries and 64 keys.
 template <class Tile>
@@ -61,6 +84,7 @@ __device__ __forceinline__ bool compute_queries(const FusedShared<Tile>& shared,
   const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
   const int row = 16 * warp + g;
   const float log_scale = scale * kLog2E;
+  const VisiblePairs<false> visible(back, window);
   bool finite = true;
 #pragma unroll 1
   for (int block = range.first; block < range.all_last; ++block) {
@@ -76,10 +100,9 @@ __device__ __forceinline__ bool compute_queries(const FusedShared<Tile>& shared,
         shared.full_k(at.slot).wait(at.phase);
         float x[32], y[32];
         query_weights(x, y, shared, q_slot, at.slot, lse, log_scale, checked);
-        if (cut_by_window(block - key, window)) {
-          const int distance = (block - key) * kGroupRows + row - c;
-          mask_group<true>(x, distance, window);
-          if (checked) mask_group<true>(y, distance, window);
+        if (visible.cut(block - key)) {
+          visible.mask(x, block - key);
+          if (checked) visible.mask(y, block - key);
         }
 #pragma unroll
         for (int e = 0; e < 32; ++e) {
@@ -110,12 +133,11 @@ __device__ __forceinline__ bool compute_queries(const FusedShared<Tile>& shared,
         if constexpr (!kDelta) shared.full_k(at.slot).wait(at.phase);
         float x[32], y[32];
         query_weights(x, y, shared, q_slot, at.slot, lse, log_scale, checked);
-        const int distance = (block - key) * kGroupRows + row - c;
-        const bool cut = cut_by_window(block - key, window);
-        if (cut) mask_group<true>(x, distance, window);
+        const bool cut = visible.cut(block - key);
+        if (cut) visible.mask(x, block - key);
 #pragma unroll
         for (int e = 0; e < 32; ++e) y[e] = x[e] * (y[e] - delta[e / 2 % 2]);
-        if (cut && checked) mask_group<true>(y, distance, window);
+        if (cut && checked) visible.mask(y, block - key);
         uint32_t ds[4][4];
         group_operand<Element>(ds, y);
         sum.begin();
@@ -124,12 +146,7 @@ __device__ __forceinline__ bool compute_queries(const FusedShared<Tile>& shared,
         sum.template wait<0>();
       }
       finite &= sum.all_finite();
-      const float factors[2] = {scale, scale};
-      sum.for_each_part([&](const auto& part, auto out, int column) {
-        store_strip<Tile, decltype(out)::value>(part, factors, dq, block * kGroupRows + 16 * warp,
-                                                column, head_dim, true,
-                                                [&](int t) { return t < length; });
-      });
+      store_group<Tile>(sum, scale, scale, dq, block * kGroupRows + 16 * warp, length, head_dim);
     }
     shared.empty_q(q_slot).arrive();
     at_q.advance(shared.q_slots);

@@ -27,22 +27,17 @@ struct GroupTile {
     return reinterpret_cast<Element*>(part + chunk * 16)[column % 8];
   }
 
-  // Rows of 16 k, columns 16 step ... of the tile.
-  __device__ __forceinline__ uint64_t along_rows(int step) const {
-    return descriptor(step / 4 * kPartBytes + step % 4 * 32);
-  }
-  // 16 rows of n from row 16 step on, the columns of a part.
-  __device__ __forceinline__ uint64_t along_columns(int step, int part) const {
-    return descriptor(part * kPartBytes + step * 16 * 128);
-  }
-
- private:
-  // 8 rows of 128 bytes are 1024 bytes; swizzle of 128 bytes. The upper half is a constant.
-  __device__ __forceinline__ uint64_t descriptor(int offset) const {
-    const uint32_t low = shared_address(bytes) / 16 + 65536u;
-    return uint64_t(1024 / 16 | 1u << 30) << 32 | (low + uint32_t(offset) / 16);
+  // For wgmma: 8 rows of 128 bytes are 1024 bytes, swizzle of 128 bytes. Taken from one lane, so
+  // that the compiler knows it for uniform.
+  __device__ __forceinline__ uint32_t descriptor() const {
+    return __shfl_sync(0xffffffff, shared_address(bytes) / 16 + 65536u, 0);
   }
 };
+
+// A descriptor's upper half is a constant.
+__device__ __forceinline__ uint64_t group_descriptor(uint32_t tile, int offset) {
+  return uint64_t(1024 / 16 | 1u << 30) << 32 | (tile + uint32_t(offset) / 16);
+}
 
 // d (64, 64) (+)= A (64, 16) times the transpose of B (64, 16), both in shared memory as rows of k.
 template <class Element>
@@ -68,9 +63,12 @@ __device__ __forceinline__ void wgmma_ss_nt(float (&d)[32], uint64_t a, uint64_t
 // s (64, 64) <- A times the transpose of B.
 template <class Tile>
 __device__ __forceinline__ void group_mma_ABt(float (&s)[32], const Tile& a, const Tile& b) {
+  const uint32_t left = a.descriptor(), right = b.descriptor();
 #pragma unroll
   for (int k = 0; k < Tile::kV / 16; ++k) {
-    wgmma_ss_nt<typename Tile::Element>(s, a.along_rows(k), b.along_rows(k), k > 0);
+    const int offset = k / 4 * Tile::kPartBytes + k % 4 * 32;
+    wgmma_ss_nt<typename Tile::Element>(s, group_descriptor(left, offset),
+                                        group_descriptor(right, offset), k > 0);
   }
 }
 
@@ -116,11 +114,14 @@ struct GroupSums {
   template <class Tile>
   __device__ __forceinline__ void add(const uint32_t (&a)[4][4], const Tile& tile) {
     using Element = typename Tile::Element;
+    const uint32_t right = tile.descriptor();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma_rs<Element, 64, true>(first, a[k], tile.along_columns(k, 0), true);
+      const int offset = 16 * k * 128;
+      wgmma_rs<Element, 64, true>(first, a[k], group_descriptor(right, offset), true);
       if constexpr (kRest > 0) {
-        wgmma_rs<Element, kRest, true>(rest, a[k], tile.along_columns(k, 1), true);
+        wgmma_rs<Element, kRest, true>(rest, a[k],
+                                       group_descriptor(right, Tile::kPartBytes + offset), true);
       }
     }
   }
@@ -131,6 +132,37 @@ template <class Element>
 __device__ __forceinline__ void group_operand(uint32_t (&a)[4][4], const float (&x)[32]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = pack(Element(), x[2 * i], x[2 * i + 1]);
+}
+
+// Rows strip ... strip + 15 before `length` of the target <- the warp's sums, row r times factor0
+// or, in the lower half, factor1. As in store_strip, two lanes swap halves of two tiles of 8
+// columns.
+template <class Tile>
+__device__ __forceinline__ void store_group(GroupSums<Tile::kV>& sums, float factor0, float factor1,
+                                            const RowSource<typename Tile::Element>& target,
+                                            int strip, int length, int head_dim) {
+  using Element = typename Tile::Element;
+  const int l = threadIdx.x % 32;
+  const bool odd = l % 2 == 1;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = strip + l / 4 + 8 * r, c = 8 * odd + l % 4 / 2 * 4;
+    const int width = row < length ? head_dim - c : 0;  // of the columns from c on
+    const float factor = r == 0 ? factor0 : factor1;
+    Element* const to = target.tokens + row * target.token_stride + c;
+    sums.for_each_part([&](const auto& x, auto columns, int first) {
+#pragma unroll
+      for (int j = 0; j < decltype(columns)::value / 8; j += 2) {
+        const uint32_t a = pack(Element(), x[j][2 * r] * factor, x[j][2 * r + 1] * factor);
+        const uint32_t b = pack(Element(), x[j + 1][2 * r] * factor, x[j + 1][2 * r + 1] * factor);
+        const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? a : b, 1);
+        if (first + 8 * j < width) {
+          *reinterpret_cast<uint2*>(to + first + 8 * j) =
+              odd ? make_uint2(other, b) : make_uint2(a, other);
+        }
+      }
+    });
+  }
 }
 
 template <int kRegisters>
