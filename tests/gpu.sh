@@ -4,6 +4,7 @@
 #
 #   tests/gpu.sh [PART ...]    of build, primitives, pytest, sanitizer, bench; all of them by default
 #
+# BASED_CUDA_ARCHITECTURES=GPUS  what build compiles for, as 90a-real: everything
 # SITE=DIR          based_ops is built into, or there already when build is no part: build/gpu/site
 # PRIMITIVES=DIR    the same of the C++ tests of cuda/primitives: build/gpu/cmake/tests/cpp
 # LOGS=DIR          the output of every part: build/gpu
@@ -33,7 +34,8 @@ step() {
 
 build() {
   BASED_CUDA=ON python3 -m pip install -q --no-build-isolation --no-deps --upgrade --target "$SITE" . &&
-    cmake -S . -B build/gpu/cmake -DBASED_CUDA=ON -DBASED_BUILD_TESTS=ON &&
+    cmake -S . -B build/gpu/cmake -DBASED_CUDA=ON -DBASED_BUILD_TESTS=ON \
+      ${BASED_CUDA_ARCHITECTURES:+"-DBASED_CUDA_ARCHITECTURES=$BASED_CUDA_ARCHITECTURES"} &&
     cmake --build build/gpu/cmake --target based_cuda_tests based_cuda_portable_tests --parallel
 }
 
