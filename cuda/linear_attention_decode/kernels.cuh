@@ -30,8 +30,8 @@ struct DecodeArgs {
   IndexVector state_indices, fill;  // (B,)
   int64_t slots;
   int heads, D, F, V, capacity;
-  int columns, groups, tile_rows;  // of a block
-  float root, scale;               // sqrt(scale), scale
+  int columns, groups, tile_rows, tile_count;  // of a block
+  float root, scale;                           // sqrt(scale), scale
   bool normalize;
   bool aligned, contiguous;  // rows of S: whole 16-byte vectors, without gaps
 };
@@ -107,7 +107,7 @@ struct StateTiles {
   CopyBarrier* arrived;  // one for every stage
   int group, column;     // of this thread
 
-  __device__ __forceinline__ int count() const { return (a.F + a.tile_rows - 1) / a.tile_rows; }
+  __device__ __forceinline__ int count() const { return a.tile_count; }
   __device__ __forceinline__ int rows(int tile) const {
     return min(a.tile_rows, a.F - tile * a.tile_rows);
   }
@@ -187,13 +187,15 @@ template <class Element, int kVec, bool kDeferred>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
     linear_attention_decode_kernel(const __grid_constant__ DecodeArgs a) {
   let_next_kernel_start();
-  wait_for_earlier_kernels();
   const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, D = a.D, F = a.F, V = a.V, groups = a.groups;
   const int group = threadIdx.x / unsigned(a.columns);
   const int column = threadIdx.x % unsigned(a.columns) * kVec;
   Element* gOut = static_cast<Element*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1];
+  const TaylorRow first_phi = taylor_row(tid, D, a.root);
+  const int first_token = threadIdx.x / unsigned(D), first_feature = threadIdx.x % unsigned(D);
 
+  wait_for_earlier_kernels();
   const DecodeRow row = decode_row(a.state_indices, b, a.slots);
   if (row.kind != RowKind::kRun) return fill_row(gOut, V, filler(row.kind));
   const int64_t slot = row.slot;
@@ -253,18 +255,19 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocksPerSM)
 #pragma unroll
     for (int i = 0; i < kVec; ++i) v[i] = to_float(tokens.value(t)[column + i]);
   };
-  const int first_token = kDeferred && !fold ? group : 0;
+  const int first_value = kDeferred && !fold ? group : 0;
   float first_v[kVec] = {};
-  if (active && first_token < count) load_value(first_token, first_v);
+  if (active && first_value < count) load_value(first_value, first_v);
   for (int i = tid; i < (count + 1) * D; i += blockDim.x) {
-    const int t = unsigned(i) / unsigned(D) - 1, j = unsigned(i) % unsigned(D);
+    const int t = (i == tid ? first_token : unsigned(i) / unsigned(D)) - 1;
+    const int j = i == tid ? first_feature : unsigned(i) % unsigned(D);
     sQ[i] = to_float(t < 0 ? gQ[j] : tokens.key(t)[j]);  // sK follows sQ
   }
   __syncthreads();
 
   float den = 0;
   for (int f = tid; f < F; f += blockDim.x) {
-    const TaylorRow phi = taylor_row(f, D, a.root);
+    const TaylorRow phi = f == tid ? first_phi : taylor_row(f, D, a.root);
     const float phi_q = taylor_value(phi, sQ);
     float z = f == tid ? first_z : gZ[f];
     sPhiQ[f] = phi_q;

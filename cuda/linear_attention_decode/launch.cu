@@ -68,6 +68,7 @@ void set_shape(DecodeArgs& a) {
   a.groups = std::min(kDecodeThreads / a.columns, kDecodeMaxGroups);
   const int fitting = kDecodeTileBytes / (static_cast<int>(sizeof(float)) * a.V);
   a.tile_rows = std::min((a.F + kDecodeStages - 1) / kDecodeStages, fitting);
+  a.tile_count = (a.F + a.tile_rows - 1) / a.tile_rows;
 }
 
 template <bool kDeferred>
