@@ -202,7 +202,10 @@ def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
             late = config.time_limit and time.perf_counter() - started > config.time_limit
             if stop.number or late:
                 for run, _ in active:
-                    bar.write(f"{run.config.name()}: stopped after {run.epoch} epochs")
+                    bar.write(
+                        f"{run.config.name()}: stopped after {run.epoch} epochs "
+                        f"at {run.accuracy:.3f}"
+                    )
                 return False
     return True
 

@@ -82,13 +82,17 @@ def mixed(x, mixer):
     return mixer.out_proj(out) if isinstance(mixer, Attention) else mixer.o_proj(out)
 
 
+def normed(x, norm):
+    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, 1e-5)
+
+
 def reference_logits(model, tokens):
     """Logits everywhere, (B, L, V)."""
     x = model.embedding.weight[tokens]
     for norm, mlp_norm, mixer in zip(model.norms, model.mlp_norms, model.mixers, strict=True):
-        x = x + mixed(norm(x), mixer)
-        x = x + mlp_norm(x)
-    return model.norm(x) @ model.embedding.weight.T
+        x = x + mixed(normed(x, norm), mixer)
+        x = x + normed(x, mlp_norm)
+    return normed(x, model.norm) @ model.embedding.weight.T
 
 
 def lively(config):
