@@ -24,7 +24,7 @@ import torch
 from based_model.cli import run_cli
 from based_model.config import ConfigError
 from based_model.mqar_data import TASKS, generate_all
-from based_model.mqar_plot import best_of_models, plot_results
+from based_model.mqar_plot import best_of_models, plot_results, published_accuracy
 from based_model.mqar_run import MixerName, Run, RunConfig
 from based_model.signals import StopSignal
 
@@ -211,9 +211,11 @@ def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
 
 
 def summary(record: dict, name: str) -> str:
+    published = published_accuracy(record)
+    beside = "" if published is None else f" (published: {published:.3f})"
     return (
-        f"{name}: accuracy {record['accuracy']:.3f}, {record['state_bytes']:,} bytes of state, "
-        f"{record['epochs']} epochs, {record['seconds']:.0f} s"
+        f"{name}: accuracy {record['accuracy']:.3f}{beside}, {record['state_bytes']:,} bytes of "
+        f"state, {record['epochs']} epochs, {record['seconds']:.0f} s"
     )
 
 

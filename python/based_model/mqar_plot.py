@@ -1,5 +1,11 @@
-"""Accuracy against bytes of state: our results and the published ones, as a PNG."""
+"""Accuracy against bytes of state: our results and the published ones, as a PNG.
 
+python -m based_model.mqar_plot bench/results/mqar-*.jsonl figure.png
+"""
+
+import json
+import math
+import sys
 from pathlib import Path
 
 # log2 of the bytes of state, accuracy: read off Figure 2 of the Based paper (arXiv 2402.18668 v2).
@@ -56,6 +62,15 @@ def best_of_models(records: list[dict]) -> list[dict]:
     return sorted(best.values(), key=lambda r: (r["run"]["mixer"], r["state_bytes"]))
 
 
+def published_accuracy(record: dict) -> float | None:
+    """The published point of a record's mixer at its bytes of state, if there is one."""
+    if record["run"]["tasks"] != "paper":
+        return None
+    size = math.log2(record["state_bytes"])
+    points = PUBLISHED.get(record["run"]["mixer"], [])
+    return next((accuracy for at, accuracy in points if abs(at - size) < 0.03), None)
+
+
 def plot_results(records: list[dict], file: Path):
     """Draws ours (solid, dots) beside the published (dashed, crosses), where those are asked for.
 
@@ -86,3 +101,10 @@ def plot_results(records: list[dict], file: Path):
     axes.legend(fontsize="small", ncols=2 if published else 1)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    *sources, target = map(Path, sys.argv[1:])
+    plot_results(
+        [json.loads(line) for source in sources for line in source.read_text().splitlines()], target
+    )

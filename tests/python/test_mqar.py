@@ -309,6 +309,17 @@ def test_best_learning_rate_counts(tmp_path):
     assert sorted(r["accuracy"] for r in best) == [0.6, 0.7]
 
 
+def test_published_points_belong_to_the_papers_tasks():
+    def record(mixer, state_bytes, tasks="paper"):
+        return {"run": {"mixer": mixer, "tasks": tasks}, "state_bytes": state_bytes}
+
+    published = mqar_plot.published_accuracy
+    assert published(record("based", 4 * 65 * 45)) == 0.710
+    assert published(record("window", 2**16)) == 0.513
+    assert published(record("window", 2**16, "cpu")) is None
+    assert published(record("based", 2**14)) is None and published(record("conv", 2**13)) is None
+
+
 def test_a_stop_signal_ends_the_runs(tmp_path):
     config = asked(tmp_path)
     with StopSignal() as stop:
