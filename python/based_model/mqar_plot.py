@@ -76,10 +76,11 @@ def plot_results(records: list[dict], file: Path):
 
     The published points belong to the paper's tasks and are drawn only beside results on these.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     best = best_of_models(records)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     sizes = [record["state_bytes"] for record in best]
     axes.set_xscale("log", base=2)
@@ -87,7 +88,8 @@ def plot_results(records: list[dict], file: Path):
     published = any(record["run"]["tasks"] == "paper" for record in best)
     names = list(dict.fromkeys([*PUBLISHED, *mixers]))
     for name in names if published else mixers:
-        color = f"C{names.index(name) % 10}"
+        shade, kind = divmod(names.index(name), 10)
+        color = colormaps["tab20"](2 * kind + shade)
         points = [(r["state_bytes"], r["accuracy"]) for r in best if r["run"]["mixer"] == name]
         if points:
             axes.plot(*zip(*points), "o-", color=color, label=name)
@@ -98,7 +100,7 @@ def plot_results(records: list[dict], file: Path):
     axes.set(xlim=(min(low, min(sizes) / 2), max(high, 2 * max(sizes))), ylim=(0, 1.03))
     axes.set(xlabel="bytes of state", ylabel="accuracy")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2 if published else 1)
+    figure.legend(loc="outside right upper", fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
