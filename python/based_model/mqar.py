@@ -223,6 +223,10 @@ def mqar(config: MqarConfig) -> list[dict]:
     """Runs, prints the best of each model and draws the figure; returns all results."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    try:
+        torch.empty(0, device=config.device)
+    except (AssertionError, RuntimeError) as error:  # what torch raises where there is no such GPU
+        raise ConfigError(f"device: expected one that torch has, got {config.device}") from error
     started = time.perf_counter()
     results = Results(config.out)
     with StopSignal() as stop:

@@ -74,6 +74,10 @@ class RunConfig:
         for name in ("d_model", "feature_dim", "window", "state_dim", "epochs", "batch_size"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
+        if self.mixer == "h3":
+            for name in ("d_model", "state_dim"):
+                if getattr(self, name) % 2:
+                    raise ConfigError(f"{name}: expected an even number, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ConfigError(f"lr: expected > 0, got {self.lr}")
         if not 0 <= self.dropout < 1:

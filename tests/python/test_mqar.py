@@ -286,11 +286,14 @@ def test_settings_that_cannot_work():
         ({"d_model": 0}, "d_model: expected an integer >= 1"),
         ({"dropout": 1.0}, "dropout"),
         ({"precision": "fp16"}, "precision: expected one of"),
+        ({"mixer": "h3", "d_model": 31}, "d_model: expected an even number, got 31"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings(**changes)
     with pytest.raises(ConfigError, match="parallel: expected >= 1"):
         mqar.MqarConfig(parallel=0)
+    with pytest.raises(ConfigError, match="device: expected one that torch has, got cuda:99"):
+        mqar.mqar(mqar.MqarConfig(device="cuda:99"))
 
 
 def test_without_fla_its_mixers_say_what_to_install(monkeypatch):
