@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1) dkv_kernel(const __grid_constant_
     static_for<0, kRows / kPairs>(
         [&](auto part) { add_keys(kUpper, part, group * kRows + decltype(part)::value * kPairs); });
     add_state_gradient<Tr>(dk, y, smem.state, rows);
-    store_gradient<Tr>(a.dk, a.partial_dk, a, seg, place.tile, head, t, n, dk, factor);
+    store_gradient<Tr>(a.dk, a.partial_dk, a, seg, place.tile, head, t, n, dk, factor,
+                       group * kRows);
     if (Tr::kBackwardStages == 1 && done > 0) {
       __syncthreads();
       prefetch_chunk(smem, a, seg, place, done - kChunk);

@@ -68,36 +68,8 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
       if (any_not_finite(out)) {
         outputs_one_by_one<Tr>(out, rows, sK, sV, smem.state, a.scale, unit, sScratch);
       }
-#pragma unroll
-      for (int k = 0; k < kTileV / 16; ++k) load_a(u[k], sU, warp * 16, 2 * k);
-      const int quad = threadIdx.x % 32 / 4 * 4;  // its first lane has the denominators
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = group * kRows + acc_row(2 * half);
-        const float den = __shfl_sync(0xffffffffu, out[kTileV / 2 + 2 * half], quad);
-        const float inverse = row < n ? 1.0f / den : 0.0f;  // den and out carry unit
-        const float factor = a.normalize ? inverse * unit * gradient : float(row < n);
-        float dot = 0;
-#pragma unroll
-        for (int b = 0; b < kTileV / 8; ++b) {
-          uint32_t& word = u[b / 2][b % 2 * 2 + half];
-          const float2 d = unpack<Element>(word);
-          word = pack<Element>(d.x * factor, d.y * factor);
-          const float2 rounded = unpack<Element>(word);
-          dot = fmaf(rounded.x, out[4 * b + 2 * half], dot);
-          dot = fmaf(rounded.y, out[4 * b + 2 * half + 1], dot);
-        }
-        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-        delta[half] = a.normalize && row < n ? -dot * inverse : 0.0f;
-        if (threadIdx.x % 4 == 0 && row < n && a.normalize) {
-          const int64_t index = token_index(a, seg, place.tile, head, t + row);
-          a.inverse_den[index] = inverse * unit;
-          a.delta[index] = delta[half] / gradient;
-        }
-        u[kTileV / 16][half] = threadIdx.x % 4 == 0 ? two_parts<Element>(delta[half]) : 0;
-        u[kTileV / 16][2 + half] = 0;
-      }
+      read_gradients<Tr>(u, delta, out, sU, a, seg, place.tile, head, t, n, unit, gradient,
+                         group * kRows);
     }
 
     float dq[Tr::D / 2] = {};
@@ -131,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
     }
     add_state_gradient<Tr>(dq, u, smem.state, rows);
     store_gradient<Tr>(a.dq, a.partial_dq, a, seg, place.tile, head, t, n, dq,
-                       1.0f / (unit * gradient));
+                       1.0f / (unit * gradient), group * kRows);
     if (Tr::kBackwardStages == 1 && n > kChunk) {
       __syncthreads();
       prefetch_chunk(smem, a, seg, place, done + kChunk);

@@ -59,10 +59,8 @@ __device__ __forceinline__ void update_state(StateSlice<Tr>& state, FeatureSums<
   }
 }
 
-constexpr int kStepsInFlight = 2;  // products whose A fragments hold registers
-
-// out (64, N) (+)= phi S.
-template <class Tr, int N, bool kAsync = kHasWgmma, class StateTile>
+// out (64, N) (+)= phi S, kInFlight products at a time, whose A fragments hold registers.
+template <class Tr, int N, bool kAsync = kHasWgmma, int kInFlight = 2, class StateTile>
 __device__ __forceinline__ void read_state(float (&out)[N / 2], const TokenRows<Tr>& rows,
                                            const StateTile& sState, bool accumulate) {
   static_for<0, Tr::kF / 16>([&](auto step) {
@@ -70,7 +68,7 @@ __device__ __forceinline__ void read_state(float (&out)[N / 2], const TokenRows<
     rows.template features<decltype(step)::value>(phi);
     mma_ABt<typename Tr::Element, N, kAsync>(out, phi, sState, 0, 2 * decltype(step)::value,
                                              accumulate || decltype(step)::value > 0);
-    if constexpr (kAsync && decltype(step)::value % kStepsInFlight == kStepsInFlight - 1) {
+    if constexpr (kAsync && decltype(step)::value % kInFlight == kInFlight - 1) {
       mma_commit();
       mma_wait<1>();
     }
@@ -96,12 +94,17 @@ __device__ __forceinline__ void multiply_scores(float (&scores)[kPairs / 2],
 // above.
 enum class Visible { kAll, kLower, kUpper };
 
+// Where a thread's elements lie: its warp's 16 rows of the 64, and row - column of element 0.
+struct Diagonal {
+  int strip = __shfl_sync(0xffffffffu, int(threadIdx.x) % 128 / 32, 0);
+  int below = threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;
+};
+
 // fn(k, visible) for each 16 columns k of the kPart-th kPairs; visible(half, e) says whether the
 // element e of their half-th 8 columns counts.
 template <Visible kVisible, int kPart, class Fn>
-__device__ __forceinline__ void for_each_strip(const Fn& fn) {
-  const int strip = __shfl_sync(0xffffffffu, int(threadIdx.x) % 128 / 32, 0);  // the warp's rows
-  const int below = threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;  // row - column of element 0
+__device__ __forceinline__ void for_each_strip(const Diagonal& diagonal, const Fn& fn) {
+  const int strip = diagonal.strip, below = diagonal.below;
   static_for<0, kPairs / 16>([&](auto k) {
     constexpr int kStrip = kPart * (kPairs / 16) + decltype(k)::value;
     if (kVisible == Visible::kAll ||
@@ -121,10 +124,10 @@ __device__ __forceinline__ void for_each_strip(const Fn& fn) {
 // w = 1 + s + s^2/2 of the visible pairs, times unit, as A fragments.
 template <class Tr, Visible kVisible, int kPart>
 __device__ __forceinline__ void weights(uint32_t (&w)[kPairs / 16][4],
-                                        const float (&scores)[kPairs / 2], float scale,
-                                        float unit) {
+                                        const float (&scores)[kPairs / 2], float scale, float unit,
+                                        const Diagonal& diagonal = {}) {
   const float a = 0.5f * scale * scale * unit, b = scale * unit;
-  for_each_strip<kVisible, kPart>([&](auto k, const auto& visible) {
+  for_each_strip<kVisible, kPart>(diagonal, [&](auto k, const auto& visible) {
     constexpr int kStrip = decltype(k)::value;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -176,6 +176,15 @@ __device__ __forceinline__ uint32_t multiply(uint32_t x, uint32_t y) {
   }
 }
 
+// x y + z.
+template <class Element>
+__device__ __forceinline__ uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair sum = __hfma2(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y),
+                           reinterpret_cast<const Pair&>(z));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+
 // 16-bit 1.0 in the low half.
 template <class Element>
 __host__ __device__ constexpr uint32_t one() {

@@ -15,13 +15,15 @@ __device__ __forceinline__ void static_for(const Fn& fn) {
   }
 }
 
-// sPhi (kPhiTokens, kF) = phi of rows `first` ... of sX (kChunk, D). Some threads share a token:
-// each computes a range of groups, 8 features and one 16-byte store at a time.
-template <class Tr, class PhiTile, class XTile>
-__device__ __forceinline__ void store_features(PhiTile& sPhi, const XTile& sX, int first) {
+// sPhi (., kF) = phi of as many rows of sX (., D) from `first` on, by kWorkers threads, of which
+// some share a token: each computes a range of groups, 8 features and one 16-byte store at a time.
+template <class Tr, int kWorkers = kThreads, class PhiTile, class XTile>
+__device__ __forceinline__ void store_features(PhiTile& sPhi, const XTile& sX, int first,
+                                               int thread = threadIdx.x) {
   using Element = typename Tr::Element;
-  constexpr int D = Tr::D, kTokens = Tr::kPhiTokens, kParts = kThreads / kTokens, kPairs = D / 2;
-  const int token = threadIdx.x % kTokens, part = threadIdx.x / kTokens;
+  constexpr int D = Tr::D, kTokens = PhiTile::kRows, kParts = kWorkers / kTokens, kPairs = D / 2;
+  static_assert(kWorkers % kTokens == 0 && Tr::kGroups % kParts == 0);
+  const int token = thread % kTokens, part = thread / kTokens;
   uint32_t even[kPairs], odd[kPairs];  // (x_2m, x_2m+1) and (x_2m+1, x_2m+2)
 #pragma unroll
   for (int block = 0; block < D / 8; ++block) {

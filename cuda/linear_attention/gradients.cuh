@@ -72,17 +72,17 @@ __device__ __forceinline__ void scale_gradients(ValueTile& tile, float* sDelta, 
 // dx += J(x)^T dphi for the groups from kFirst on; dx (16, D) a warp and dphi (16, N) in the
 // accumulators' layout. x_j x_{j+r} gives x_{j+r} to dx_j in place and x_j to dx_{j+r} by a product
 // with a permutation.
-template <class Tr, int kFirst, int N>
+template <class Tr, int kFirst, int N, class TokenRows>
 __device__ __forceinline__ void add_feature_gradient(float (&dx)[Tr::D / 2],
                                                      const float (&dphi)[N / 2],
-                                                     const TokenRows<Tr>& rows) {
+                                                     const TokenRows& rows) {
   using Element = typename Tr::Element;
   constexpr int D = Tr::D;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   static_for<kFirst / 2, kFirst / 2 + N / 16>([&](auto step) {
     constexpr int kStep = decltype(step)::value;
     uint32_t turned[4] = {}, a[4] = {};
-    if constexpr (TokenRows<Tr>::turns(kStep)) rows.template rotated<kStep>(turned);
+    if constexpr (TokenRows::turns(kStep)) rows.template rotated<kStep>(turned);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Group group = feature_group<D>(2 * kStep + half);
@@ -104,14 +104,15 @@ __device__ __forceinline__ void add_feature_gradient(float (&dx)[Tr::D / 2],
         a[2 * half + r] = pack<Element>(x.x * d0, x.y * d1);
       }
     }
-    if constexpr (TokenRows<Tr>::turns(kStep)) {
+    if constexpr (TokenRows::turns(kStep)) {
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
         uint32_t b[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // row k goes to column k + j + rotation
           const Group group = feature_group<D>(2 * kStep + half);
-          const int t = (8 * n + g - 2 * c - group.j - group.rotation + 3 * D) % D;
+          const int shift = (8 * n - group.j - group.rotation + 2 * D) % D;  // often the same
+          const int t = (g - 2 * c + shift + D) % D;
           b[half] = t == 0 ? one<Element>() : t == 1 ? one<Element>() << 16 : 0;
         }
         warp_mma<Element>(dx + 4 * n, a, b[0], b[1]);
@@ -121,11 +122,10 @@ __device__ __forceinline__ void add_feature_gradient(float (&dx)[Tr::D / 2],
 }
 
 // dx += J(x)^T (state times y); y (64, 80) as A fragments.
-template <class Tr, class StateTile>
+template <class Tr, class StateTile, class TokenRows>
 __device__ __forceinline__ void add_state_gradient(float (&dx)[Tr::D / 2],
                                                    const uint32_t (&y)[kGradientRows / 16][4],
-                                                   const StateTile& sState,
-                                                   const TokenRows<Tr>& rows) {
+                                                   const StateTile& sState, const TokenRows& rows) {
   constexpr int N = Tr::kGradientN;
   static_assert(Tr::kF % N == 0 && N % 16 == 0);
   static_for<0, Tr::kF / N>([&](auto part) {
@@ -142,12 +142,12 @@ __device__ __forceinline__ void add_state_gradient(float (&dx)[Tr::D / 2],
   });
 }
 
-// A warp's rows of dq or dk, or of a tile's share of them.
+// A warp's rows of dq or dk, or of a tile's share of them; first_row: of its warpgroup.
 template <class Tr>
 __device__ __forceinline__ void store_gradient(const Rows& to, float* partial, const Arguments& a,
                                                const Segment& seg, int tile, int head, int64_t t,
-                                               int n, const float (&dx)[Tr::D / 2], float unit) {
-  const int first_row = warpgroup_index() * kRows;
+                                               int n, const float (&dx)[Tr::D / 2], float unit,
+                                               int first_row) {
 #pragma unroll
   for (int i = 0; i < Tr::D / 8; ++i) {
 #pragma unroll
@@ -194,6 +194,49 @@ static __global__ void __launch_bounds__(256)
   float sum = 0;
   for (int tile = 0; tile < tiles; ++tile) sum += partial[(row * tiles + tile) * width + f];
   to.k[row / heads * to.k_sequence + row % heads * to.k_head + f] = sum;
+}
+
+// u = dout / den of a warp's rows and, behind it, their delta, as A fragments times `gradient`;
+// out: the outputs' numerators and denominators times `unit`. Leaves 1 / den and delta in memory
+// too. first_row: of the warpgroup in the tile of dout.
+template <class Tr, class Tile>
+__device__ __forceinline__ void read_gradients(uint32_t (&u)[kGradientRows / 16][4],
+                                               float (&delta)[2], const float (&out)[kExtended / 2],
+                                               const Tile& sU, const Arguments& a,
+                                               const Segment& seg, int tile, int head, int64_t t,
+                                               int n, float unit, float gradient, int first_row) {
+  using Element = typename Tr::Element;
+  const int warp_row = first_row + threadIdx.x % 128 / 32 * 16;
+#pragma unroll
+  for (int k = 0; k < kTileV / 16; ++k) load_a(u[k], sU, warp_row, 2 * k);
+  const int quad = threadIdx.x % 32 / 4 * 4;  // its first lane has the denominators
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + acc_row(2 * half);
+    const float den = __shfl_sync(0xffffffffu, out[kTileV / 2 + 2 * half], quad);
+    const float inverse = row < n ? 1.0f / den : 0.0f;  // den and out carry unit
+    const float factor = a.normalize ? inverse * unit * gradient : float(row < n);
+    float dot = 0;
+#pragma unroll
+    for (int b = 0; b < kTileV / 8; ++b) {
+      uint32_t& word = u[b / 2][b % 2 * 2 + half];
+      const float2 d = unpack<Element>(word);
+      word = pack<Element>(d.x * factor, d.y * factor);
+      const float2 rounded = unpack<Element>(word);
+      dot = fmaf(rounded.x, out[4 * b + 2 * half], dot);
+      dot = fmaf(rounded.y, out[4 * b + 2 * half + 1], dot);
+    }
+    dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+    dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+    delta[half] = a.normalize && row < n ? -dot * inverse : 0.0f;
+    if (threadIdx.x % 4 == 0 && row < n && a.normalize) {
+      const int64_t index = token_index(a, seg, tile, head, t + row);
+      a.inverse_den[index] = inverse * unit;
+      a.delta[index] = delta[half] / gradient;
+    }
+    u[kTileV / 16][half] = threadIdx.x % 4 == 0 ? two_parts<Element>(delta[half]) : 0;
+    u[kTileV / 16][2 + half] = 0;
+  }
 }
 
 template <class Tr>
@@ -252,9 +295,10 @@ template <class Tr, Visible kVisible, int kPart, class Delta>
 __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kPairs / 16][4],
                                                 const float (&scores)[kPairs / 2],
                                                 const float (&dw)[kPairs / 2], const Delta& delta,
-                                                float scale, float unit) {
+                                                float scale, float unit,
+                                                const Diagonal& diagonal = {}) {
   const float a = scale * scale * unit, b = scale * unit;
-  for_each_strip<kVisible, kPart>([&](auto k, const auto& visible) {
+  for_each_strip<kVisible, kPart>(diagonal, [&](auto k, const auto& visible) {
     constexpr int kStrip = decltype(k)::value;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -8,6 +8,7 @@
 
 #include "based/ops.h"
 #include "linear_attention/forward.cuh"
+#include "linear_attention/increment_roles.cuh"
 #include "primitives/dispatch.h"
 #include "validate.h"
 
@@ -177,6 +178,34 @@ Status launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
       values...);
   return launch_status(op);
+}
+
+// Whether the GPU runs the code for sm_90a, if this build has any.
+inline bool runs_wgmma() {
+#ifdef BASED_CUDA_SM90A
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
+template <class Tr>
+constexpr bool kHasRoles = Tr::D <= 16;
+
+template <class Tr>
+Status launch_increments(const char* op, const Arguments& a, Stream stream) {
+  const int64_t blocks = a.segments * a.heads * a.tiles;
+  if constexpr (kHasRoles<Tr>) {
+    if (runs_wgmma()) {
+      return launch(op, increment_roles_kernel<Tr, false>, blocks, kIncrementThreads,
+                    sizeof(IncrementRoleSmem<Tr>), stream, a);
+    }
+  }
+  return launch(op, increment_kernel<Tr>, blocks, kThreads, sizeof(IncrementSmem<Tr>), stream, a);
 }
 
 template <class Tr, bool kReverse>

@@ -1,5 +1,7 @@
 #include "linear_attention/backward_dkv.cuh"
+#include "linear_attention/backward_dkv_roles.cuh"
 #include "linear_attention/backward_dq.cuh"
+#include "linear_attention/backward_dq_roles.cuh"
 #include "linear_attention/launch.cuh"
 #include "linear_attention/simt_bwd.cuh"
 #include "linear_attention/stray_tokens.cuh"
@@ -67,30 +69,45 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
   const bool cut = is_cut(a);
   Status status;
   if (a.tiles > 1) {
-    status = fill_stray_tokens(op, p.cu_seqlens, {shares(a.partial_dq), shares(a.partial_dk)},
-                               stream);
+    status =
+        fill_stray_tokens(op, p.cu_seqlens, {shares(a.partial_dq), shares(a.partial_dk)}, stream);
   }
   const auto then = [&](const auto& next) {
     if (status.ok()) status = next();
   };
   if (cut) {
-    then([&] {
-      return launch(op, increment_kernel<Tr>, blocks, kThreads, sizeof(IncrementSmem<Tr>), stream,
-                    a);
-    });
+    then([&] { return launch_increments<Tr>(op, a, stream); });
     then([&] { return launch_scan<Tr, false>(op, a, stream); });
   }
   then([&] {
+    if constexpr (kHasRoles<Tr>) {
+      if (runs_wgmma()) {
+        return launch(op, dq_roles_kernel<Tr>, blocks, kRoleThreads, sizeof(DqRoleSmem<Tr>), stream,
+                      a);
+      }
+    }
     return launch(op, dq_kernel<Tr>, blocks, kThreads, sizeof(BackwardSmem<Tr>), stream, a);
   });
   if (cut) {
     then([&] {
+      if constexpr (kHasRoles<Tr>) {
+        if (runs_wgmma()) {
+          return launch(op, increment_roles_kernel<Tr, true>, blocks, kIncrementThreads,
+                        sizeof(IncrementRoleSmem<Tr>), stream, a);
+        }
+      }
       return launch(op, gradient_increment_kernel<Tr>, blocks, kThreads,
                     sizeof(GradientIncrementSmem<Tr>), stream, a);
     });
     then([&] { return launch_scan<Tr, true>(op, a, stream); });
   }
   then([&] {
+    if constexpr (kHasRoles<Tr>) {
+      if (runs_wgmma()) {
+        return launch(op, dkv_roles_kernel<Tr>, blocks, kRoleThreads, sizeof(DkvRoleSmem<Tr>),
+                      stream, a);
+      }
+    }
     return launch(op, dkv_kernel<Tr>, blocks, kThreads, sizeof(BackwardSmem<Tr>), stream, a);
   });
   if (a.tiles > 1) {

@@ -1,4 +1,5 @@
-#include "linear_attention/forward.cuh"
+#include "linear_attention/forward_roles.cuh"
+#include "linear_attention/increment_roles.cuh"
 #include "linear_attention/launch.cuh"
 #include "linear_attention/simt.cuh"
 #include "linear_attention/stray_tokens.cuh"
@@ -32,14 +33,17 @@ Status run(const char* op, const LinearAttentionParams& p, void* workspace, Stre
   const int64_t blocks = a.segments * a.heads * a.tiles;
   Status status;
   if (is_cut(a)) {
-    status =
-        launch(op, increment_kernel<Tr>, blocks, kThreads, sizeof(IncrementSmem<Tr>), stream, a);
+    status = launch_increments<Tr>(op, a, stream);
     if (status.ok()) status = launch_scan<Tr, false>(op, a, stream);
   }
-  if (status.ok()) {
-    status = launch(op, forward_kernel<Tr>, blocks, kThreads, sizeof(ForwardSmem<Tr>), stream, a);
+  if (!status.ok()) return status;
+  if constexpr (kHasRoles<Tr>) {
+    if (runs_wgmma()) {
+      return launch(op, forward_roles_kernel<Tr>, blocks, kRoleThreads, sizeof(ForwardRoleSmem<Tr>),
+                    stream, a);
+    }
   }
-  return status;
+  return launch(op, forward_kernel<Tr>, blocks, kThreads, sizeof(ForwardSmem<Tr>), stream, a);
 }
 
 }  // namespace

@@ -33,35 +33,39 @@ __device__ __forceinline__ int acc_row(int e) {
 }
 __device__ __forceinline__ int acc_column(int e) { return threadIdx.x % 4 * 2 + e % 2; }
 
-// The (64, kSliceF) part of S^T that a warpgroup holds, as an accumulator of mma.cuh.
-template <class Tr>
+// The part of S^T (64, kF) that a warpgroup holds, as an accumulator of mma.cuh: one half of the
+// features of two warpgroups' (kSlices 2), or all.
+template <class Tr, int kSlices = 2>
 struct StateSlice {
-  float sum[Tr::kSliceF / 2];
+  static constexpr int kWidth = Tr::kF / kSlices, kSliceGroups = kWidth / 8;
+  float sum[kWidth / 2];
 
-  __device__ __forceinline__ static int first_group() {
-    return warpgroup_index() * Tr::kSliceGroups;
-  }
+  __device__ __forceinline__ static int slice() { return kSlices == 1 ? 0 : warpgroup_index(); }
+  __device__ __forceinline__ static int first_group() { return slice() * kSliceGroups; }
   __device__ __forceinline__ static int feature(int i, int e) {
-    return 8 * (int(threadIdx.x) / 128 * Tr::kSliceGroups + i) + acc_column(e);
+    const int first = kSlices == 1 ? 0 : int(threadIdx.x) / 128 * kSliceGroups;
+    return 8 * (first + i) + acc_column(e);
   }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < Tr::kSliceF / 2; ++i) sum[i] = 0;
+    for (int i = 0; i < kWidth / 2; ++i) sum[i] = 0;
   }
 
   __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
-    for (int i = 0; i < Tr::kSliceF / 2; ++i) sum[i] *= factor;
+    for (int i = 0; i < kWidth / 2; ++i) sum[i] *= factor;
   }
 
   __device__ __forceinline__ void load(const float* workspace) {
+    const float* at = workspace + slice() * (kWidth / 2 * 128) + threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < Tr::kSliceF / 2; ++i) sum[i] = workspace[i * kThreads + threadIdx.x];
+    for (int i = 0; i < kWidth / 2; ++i) sum[i] = at[i * 128];
   }
   __device__ __forceinline__ void store(float* workspace) const {
+    float* at = workspace + slice() * (kWidth / 2 * 128) + threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < Tr::kSliceF / 2; ++i) workspace[i * kThreads + threadIdx.x] = sum[i];
+    for (int i = 0; i < kWidth / 2; ++i) at[i * 128] = sum[i];
   }
 
   // += or = a public state; it carries one factor of phi's coefficient, the sums carry none.
@@ -70,7 +74,7 @@ struct StateSlice {
                                              int first_v, int valid, float scale) {
     const float* base = state.kv + sequence * state.kv_sequence + head * state.kv_head + first_v;
 #pragma unroll
-    for (int i = 0; i < Tr::kSliceGroups; ++i) {
+    for (int i = 0; i < kSliceGroups; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int f = feature(i, e), v = acc_row(e);
@@ -85,7 +89,7 @@ struct StateSlice {
                                                float unit) const {
     float* base = state.kv + sequence * state.kv_sequence + head * state.kv_head + first_v;
 #pragma unroll
-    for (int i = 0; i < Tr::kSliceGroups; ++i) {
+    for (int i = 0; i < kSliceGroups; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int f = feature(i, e), v = acc_row(e);
@@ -103,9 +107,9 @@ struct StateSlice {
     const int group = first_group();
     char* first = sState.at(acc_row(0), group) + threadIdx.x % 4 * 4;
     const float product = scale * scale * unit;
-    static_for<0, Tr::kSliceGroups>([&](auto i) {
+    static_for<0, kSliceGroups>([&](auto i) {
       constexpr int kLow = decltype(i)::value,
-                    kHigh = kLow + Tr::kSliceGroups;  // of either warpgroup
+                    kHigh = kLow + kSliceGroups;  // of either warpgroup
       float c = product;
       if (8 * kLow < 2 * Tr::D || kHigh == Tr::kConstant / 8) {
         c = feature_coefficient<Tr>(feature(kLow, 0), scale) * unit;
@@ -117,16 +121,16 @@ struct StateSlice {
     });
   }
 
-  // += sum over kPhiTokens tokens of y phi(x)^T: sPhi and the rows of sY (kChunk, 64+) from `first`
-  // on.
+  // += the sum over the tokens of sPhi of y phi(x)^T; their y are the rows of sY (., 64+) from
+  // `first` on.
   template <class YTile, class PhiTile>
   __device__ __forceinline__ void update(const YTile& sY, const PhiTile& sPhi, int first) {
-    constexpr int N = Tr::kUpdateN;
+    constexpr int N = Tr::D == 32 ? kWidth / 2 : kWidth;  // features of one product
     const int group = first_group();
 #pragma unroll
-    for (int k = 0; k < Tr::kPhiTokens; k += 16) {
+    for (int k = 0; k < PhiTile::kRows; k += 16) {
 #pragma unroll
-      for (int part = 0; part < Tr::kSliceF / N; ++part) {
+      for (int part = 0; part < kWidth / N; ++part) {
         mma_AtB<typename Tr::Element, N>(reinterpret_cast<float (&)[N / 2]>(sum[part * (N / 2)]),
                                          sY, first + k, 0, sPhi, k, group + part * (N / 8));
       }

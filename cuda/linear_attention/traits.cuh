@@ -27,9 +27,6 @@ struct Traits {
   static constexpr int kConstant = int(expanded_dim(D)) - 1;  // the constant's place
   static constexpr int kF = (kConstant + 16) / 16 * 16;
   static constexpr int kGroups = kF / 8;
-  // Each warpgroup holds the state of one half of the features in registers.
-  static constexpr int kSliceF = kF / 2, kSliceGroups = kSliceF / 8;
-  static constexpr int kUpdateN = D == 32 ? kSliceF / 2 : kSliceF;  // features of one product
   static constexpr int kPhiTokens = D == 32 ? 32 : 128;  // tokens whose phi is kept at once
   static constexpr bool kHalf = std::is_same_v<Element, __half>;
   static constexpr int kIncrementStages = 4;

@@ -39,6 +39,13 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) 
   }
 }
 
+// Four 8 x 8 matrices in fragment order to the 16-byte rows whose addresses the lanes give (sm_90).
+__device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // A = tile[row ... row+15][8 block ... 8 block + 15].
 template <class Tile>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const Tile& tile, int row, int block) {

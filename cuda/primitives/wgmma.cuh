@@ -45,6 +45,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
 #define BASED_ALL36 BASED_ALL32, BASED_ACC4(32)
 #define BASED_ALL40 BASED_ALL32, BASED_ACC8(32)
 #define BASED_ALL72 BASED_ALL40, BASED_ACC8(40), BASED_ACC8(48), BASED_ACC8(56), BASED_ACC8(64)
+#define BASED_ALL80 BASED_ALL72, BASED_ACC8(72)
 #define BASED_ALL84 BASED_ALL72, BASED_ACC8(72), BASED_ACC4(80)
 #define BASED_REGS4 "%0,%1,%2,%3"
 #define BASED_REGS12 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
@@ -66,6 +67,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
   "%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"   \
   "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71"
+#define BASED_REGS80                                                               \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+  "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
+  "%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"   \
+  "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,"   \
+  "%79"
 #define BASED_REGS84                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
@@ -131,6 +138,10 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t
     BASED_WGMMA_SS(24, 12, "bf16", 12, 13);
   } else if constexpr (N == 24) {
     BASED_WGMMA_SS(24, 12, "f16", 12, 13);
+  } else if constexpr (N == 48 && !kHalf) {
+    BASED_WGMMA_SS(48, 24, "bf16", 24, 25);
+  } else if constexpr (N == 48) {
+    BASED_WGMMA_SS(48, 24, "f16", 24, 25);
   } else if constexpr (N == 80 && !kHalf) {
     BASED_WGMMA_SS(80, 40, "bf16", 40, 41);
   } else if constexpr (N == 80) {
@@ -139,6 +150,10 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t
     BASED_WGMMA_SS(144, 72, "bf16", 72, 73);
   } else if constexpr (N == 144) {
     BASED_WGMMA_SS(144, 72, "f16", 72, 73);
+  } else if constexpr (N == 160 && !kHalf) {
+    BASED_WGMMA_SS(160, 80, "bf16", 80, 81);
+  } else if constexpr (N == 160) {
+    BASED_WGMMA_SS(160, 80, "f16", 80, 81);
   } else if constexpr (N == 168 && !kHalf) {
     BASED_WGMMA_SS(168, 84, "bf16", 84, 85);
   } else if constexpr (N == 168) {
