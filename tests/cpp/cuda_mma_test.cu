@@ -85,6 +85,40 @@ TEST_F(CudaMma, Fragments) {
   }
 }
 
+// out (48, 40) = x, whose 16 x 16 elements from (16, 8) on are fragments in between.
+__global__ void store_matrix_kernel(const uint16_t* gX, uint16_t* out) {
+#if __CUDA_ARCH__ >= 900
+  __shared__ __align__(16) CoreTile<kTileRows, kTileColumns> sX, sCopy;
+  fill(sX, gX, kTileRows, kTileColumns, 0, 0);
+  fill(sCopy, gX, 0, kTileColumns, 0, 0);
+  const int lane = threadIdx.x % 32;
+  uint32_t a[4];
+  load_a(a, sX, 16, 1);
+  store_matrix_x4(sCopy.address(16 + lane % 16, 1 + lane / 16), a);
+  __syncthreads();
+  for (int i = lane; i < kTileRows * kTileColumns; i += 32) {
+    const int row = i / kTileColumns, column = i % kTileColumns;
+    out[i] = reinterpret_cast<const uint16_t*>(sCopy.at(row, column / 8))[column % 8];
+  }
+#endif
+}
+
+TEST_F(CudaMma, StoreMatrix) {
+  if (!runs_sm90(reinterpret_cast<const void*>(store_matrix_kernel))) {
+    GTEST_SKIP() << "stmatrix needs code for sm_90";
+  }
+  std::vector<uint16_t> x(kTileRows * kTileColumns);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<uint16_t>(i);
+  const DeviceArray<uint16_t> gX(x), out(x.size());
+  store_matrix_kernel<<<1, 32>>>(gX.data(), out.data());
+  const std::vector<uint16_t> got = out.values();
+  for (int i = 0; i < int(x.size()); ++i) {
+    const int row = i / kTileColumns, column = i % kTileColumns;
+    const bool stored = row >= 16 && row < 32 && column >= 8 && column < 24;
+    EXPECT_EQ(got[i], stored ? x[i] : kNan16) << row << ", " << column;
+  }
+}
+
 // ---- products of a warpgroup -------------------------------------------------------------------
 
 constexpr int kM = 64, kK = 32;
@@ -92,13 +126,17 @@ enum class Product { kAB, kABt, kAtB };
 
 // gD (64, N) (+)= A (64, 32) times B (32, N), as two products of 16 k each. A is gA (64, 32), for
 // kAtB gA (32, 64) transposed; B is gB (32, N), for kABt gB (N, 32) transposed. kAsync false asks
-// for mma.sync where there is wgmma.
-template <class Element, Product kProduct, int N, bool kAsync>
+// for mma.sync where there is wgmma; kPad is the tiles'.
+template <class Element, Product kProduct, int N, bool kAsync, int kPad>
 __global__ void product_kernel(const uint16_t* gA, const uint16_t* gB, float* gD, bool accumulate) {
   constexpr bool kTransposedA = kProduct == Product::kAtB;
   constexpr bool kTransposedB = kProduct == Product::kABt;
-  __shared__ __align__(16) CoreTile<(kTransposedA ? kK : kM) + 16, (kTransposedA ? kM : kK) + 8> sA;
-  __shared__ __align__(16) CoreTile<(kTransposedB ? N : kK) + 16, (kTransposedB ? kK : N) + 16> sB;
+  __shared__ __align__(16)
+      CoreTile<(kTransposedA ? kK : kM) + 16, (kTransposedA ? kM : kK) + 8, kPad>
+          sA;
+  __shared__ __align__(16)
+      CoreTile<(kTransposedB ? N : kK) + 16, (kTransposedB ? kK : N) + 16, kPad>
+          sB;
   fill(sA, gA, kTransposedA ? kK : kM, kTransposedA ? kM : kK, 16, 1);
   fill(sB, gB, kTransposedB ? N : kK, kTransposedB ? kK : N, 8, 1);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -132,7 +170,7 @@ __global__ void product_kernel(const uint16_t* gA, const uint16_t* gB, float* gD
   for (int i = 0; i < N / 2; ++i) at(i) = d[i];
 }
 
-template <class Element, Product kProduct, int N, bool kAsync>
+template <class Element, Product kProduct, int N, bool kAsync, int kPad = 16>
 void check(bool accumulate) {
   SCOPED_TRACE("N " + std::to_string(N) + (kAsync ? " async" : "") + (accumulate ? " +=" : " ="));
   constexpr bool kTransposedA = kProduct == Product::kAtB;
@@ -144,7 +182,7 @@ void check(bool accumulate) {
   const Matrix before(random, kM, N, format);
   const DeviceArray<uint16_t> gA(a.bits), gB(b.bits);
   const DeviceArray<float> gD(std::vector<float>(before.values.begin(), before.values.end()));
-  product_kernel<Element, kProduct, N, kAsync>
+  product_kernel<Element, kProduct, N, kAsync, kPad>
       <<<1, 128>>>(gA.data(), gB.data(), gD.data(), accumulate);
   const std::vector<float> got = gD.values();
   int wrong = 0;
@@ -184,8 +222,16 @@ void check_AtB() {
 }
 
 TEST_F(CudaMma, AtB) {
-  check_AtB<__nv_bfloat16, 8, 24, 80, 144, 168>();
-  check_AtB<__half, 8, 24, 80, 144, 168>();
+  check_AtB<__nv_bfloat16, 8, 24, 48, 80, 144, 160, 168>();
+  check_AtB<__half, 8, 24, 48, 80, 144, 160, 168>();
+}
+
+TEST_F(CudaMma, TilesWithoutPadding) {
+  check<__nv_bfloat16, Product::kAB, 64, true, 0>(false);
+  check<__nv_bfloat16, Product::kAB, 64, false, 0>(false);
+  check<__nv_bfloat16, Product::kABt, 72, true, 0>(false);
+  check<__nv_bfloat16, Product::kABt, 72, false, 0>(false);
+  check<__nv_bfloat16, Product::kAtB, 80, true, 0>(true);
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ std::vector<int> counted(int count) {
 // ---- tiles -------------------------------------------------------------------------------------
 
 // A number for each 16 bytes, written through at(), read where core matrices are said to lie.
+template <class Tile>
 __global__ void core_tile_kernel(int* out) {
-  using Tile = CoreTile<24, 40>;
   __shared__ __align__(16) Tile tile;
   const int row = threadIdx.x % 24, block = threadIdx.x / 24;
   *reinterpret_cast<int*>(tile.at(row, block)) = threadIdx.x;
@@ -37,11 +37,17 @@ __global__ void core_tile_kernel(int* out) {
   if (!same || tile.at(row, block) + 16 > tile.bytes + Tile::kBytes) out[threadIdx.x] = -2;
 }
 
-TEST_F(CudaPrimitives, CoreTile) {
+template <class Tile>
+void check_core_tile() {
   const DeviceArray<int> out(24 * 5);
-  core_tile_kernel<<<1, 24 * 5>>>(out.data());
+  core_tile_kernel<Tile><<<1, 24 * 5>>>(out.data());
   const std::vector<int> got = out.values();
   for (int i = 0; i < 24 * 5; ++i) EXPECT_EQ(got[i], i);
+}
+
+TEST_F(CudaPrimitives, CoreTile) {
+  check_core_tile<cuda::CoreTile<24, 40>>();
+  check_core_tile<cuda::CoreTile<24, 40, 0>>();
 }
 
 // ---- copies ------------------------------------------------------------------------------------
@@ -96,9 +102,9 @@ __global__ void bulk_copy_kernel(const int* gX, int* out, int rounds) {
 }
 
 TEST_F(CudaPrimitives, BulkCopy) {
-  cudaFuncAttributes code;
-  ASSERT_EQ(cudaFuncGetAttributes(&code, bulk_copy_kernel), cudaSuccess);
-  if (major_ < 9 || code.ptxVersion < 90) GTEST_SKIP() << "bulk copies need code for sm_90";
+  if (!runs_sm90(reinterpret_cast<const void*>(bulk_copy_kernel))) {
+    GTEST_SKIP() << "bulk copies need code for sm_90";
+  }
   const int rounds = 4;
   const std::vector<int> x = counted(64 * 8);
   const DeviceArray<int> gX(x), out(256 * rounds);

@@ -21,6 +21,14 @@ class OnGpu : public ::testing::Test {
     cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, 0);
   }
 
+  // Whether a kernel runs code for sm_90 or newer here, and not an older GPU's.
+  bool runs_sm90(const void* kernel) const {
+    cudaFuncAttributes code;
+    EXPECT_EQ(cudaFuncGetAttributes(&code, kernel), cudaSuccess);
+    return major_ >= 9 && code.ptxVersion >= 90;
+  }
+
+ private:
   int major_ = 0;  // of the compute capability
 };
 
