@@ -156,10 +156,20 @@ def _headline(results):
             f"load average before the run {machine['load_before']:.1f}"
         )
     return (
-        f"{where}, {results['date']}, commit {results['commit']}. "
+        f"{where}, {results['date']}, {_commits(results)}. "
         f"Ceilings: {ceilings['bandwidth_gb_s']:.1f} GB/s (copy {ceilings['copy_gb_s']:.1f}, "
         f"into a new tensor {ceilings['new_tensor_gb_s']:.1f}); matrix product, TFLOP/s: {rates}."
     )
+
+
+def _commits(results):
+    """What was measured: one commit, or the ops of each where parts were measured again."""
+    ops = {}
+    for case in results["cases"]:
+        ops.setdefault(case.get("commit", results["commit"]), {})[case["op"]] = None
+    if len(ops) < 2:
+        return f"commit {next(iter(ops), results['commit'])}"
+    return "; ".join(f"commit {commit}: {', '.join(names)}" for commit, names in ops.items())
 
 
 def _digits(ms):

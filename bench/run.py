@@ -3,8 +3,8 @@
 Ours and the baselines take turns in one process over several random input sets, and a row appears
 only after its output matched the fp64 reference in the same run. A run of everything writes
 bench/results/<device>-<machine>.json and renders bench/RESULTS.md from all results there; with
---filter or --out it writes only the file that --out names, adding its cases to those of earlier
-parts of the same run. --render only renders.
+--filter or --out it writes only the file that --out names, in which it adds or replaces cases.
+--render only renders.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def run(args, cases):
         if case.ops & missing:
             print(f"{case.name}: left out, no CUDA kernel for {sorted(case.ops & missing)}")
             continue
-        results["cases"].append(run_case(case, timer, limits, args))
+        results["cases"].append(run_case(case, timer, limits, args) | {"commit": results["commit"]})
         if args.device == "cuda":
             torch.cuda.empty_cache()  # what the graphs held
         if args.out:
@@ -125,12 +125,19 @@ def write(path, results):
 
 
 def add_to(path, results):
-    """What an earlier part of a run left in a file, with the results of this part."""
+    """A file's results, with those of this part added or in the place of older ones."""
     if not path.exists():
         return results
     whole = json.loads(path.read_text())
-    for part in ("cases", "memory", "overhead"):
-        whole[part] += results[part]
+
+    def name(case):
+        return tuple(case[key] for key in report.CASE_COLUMNS)
+
+    cases = {name(case): {"commit": whole["commit"]} | case for case in whole["cases"]}
+    whole["cases"] = list((cases | {name(case): case for case in results["cases"]}).values())
+    for part in ("memory", "overhead"):
+        whole[part] = results[part] or whole[part]
+    whole["date"], whole["commit"] = results["date"], results["commit"]
     whole["ceilings"]["gemm_tflop_s"] |= results["ceilings"]["gemm_tflop_s"]
     return whole
 
