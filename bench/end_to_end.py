@@ -4,8 +4,8 @@
 
 A cell is one model at one size; --list names them, most important first, and a regular expression
 chooses. Each cell is in FILE.json as soon as it is measured, and one that is there is not measured
-again, so a run may be cut off and continued: all of it takes about six minutes of an H100. With
-no --out the file is bench/results/end-to-end-<machine>.json, and RESULTS.md is rendered.
+again, so a run may be cut off and continued. With no --out the file is
+bench/results/end-to-end-<machine>.json; bench/run.py --render puts it into RESULTS.md and README.
 
 Random weights in bf16. Our decode steps run in based_model.Engine, host included. A context is
 entered by filling the states with random numbers. The Transformer's decode step is
@@ -214,7 +214,7 @@ class Runner:
                     x, _ = self.model.hidden(tokens)
                 return self.model.logits(x[:, -1])
 
-        run(tokens[:, : cell.length // 8])  # compiles
+        run(tokens)  # compiles, for this shape
         return self.repeat(lambda: run(tokens), 1, cell.batch * cell.length)
 
 

@@ -20,7 +20,7 @@ NOTES = """\
 Random weights, bf16, greedy. Based decodes in based_model.Engine, host included; the Transformer's
 step is a CUDA graph of the same products, norms and SwiGLU around the fastest stock attention over
 exactly the cached prefix (bench/transformer_step.py), without a host. Context 0: a text of 1,024
-tokens from its first one on, without a prompt (Transformer: steps at five lengths, integrated).
+tokens from its first one on, without a prompt (Transformer: a line through steps at four lengths).
 of floor: the bytes of weights and states that a step must move, at the speed of a copy.
 ^ the caches of all layers do not fit this card: layers take turns with those that do, which takes
 the same time. x: that model's time a token over Based's at equal batch and context."""
@@ -76,11 +76,13 @@ def readme(results: dict, figure: str) -> str:
     rows = [("tokens per ms", *columns)]
     for model in (OURS, BEST, PAPER):
         found = [find(cells, work, model, b, t) for work, b, t in columns.values()]
-        rows.append((ROLES[model], *(rate(cell) for cell in found)))
+        if any(found):
+            rows.append((ROLES[model], *(rate(cell) for cell in found)))
     machine, date = results["machine"], every(cells, "date")
     where = f"{machine['name']}, torch {machine['torch']}, {date}"
     picture = f"![Throughput and memory]({figure})"
-    return "\n\n".join([f"{where}, bf16:", table(rows), table(train_rows(cells)), picture])
+    parts = [f"{where}, bf16:", table(rows), table(train_rows(cells)), picture]
+    return "\n\n".join(part for part in parts if part)
 
 
 def every(cells: dict, key: str) -> str:
@@ -206,22 +208,23 @@ def draw(results: dict, path: Path):
             label = ROLES[model] if length == 0 else None
             if points:
                 by_batch.plot(*zip(*points), color + style, marker="o", ms=3, label=label)
-        points = sorted(
-            (c["length"] or 512, c["tokens_per_ms"])
-            for c in own
-            if (c["model"], c["batch"]) == (model, 32) and c["length"] in (0, 8192, 32768)
-        )
-        if points:
-            by_context.plot(*zip(*points), color, marker="o", ms=3)
+        for batch, style in ((1, "--"), (128, "-")):
+            points = []
+            for c in own:
+                if (c["model"], c["batch"]) == (model, batch):
+                    lengths = c.get("points_ms", {str(c["length"] or 512): c["median_ms"]})
+                    points += [(int(n), batch / ms) for n, ms in lengths.items()]
+            if points:
+                by_context.plot(*zip(*sorted(points)), color + style, marker="o", ms=3)
         with torch.device("meta"):
             shape = Based(PRESETS[model]).to(torch.bfloat16)
         lengths = [2**i for i in range(7, 18)]
         memory.plot(lengths, [shape.state_size(n) / 1e6 for n in lengths], color)
     by_batch.set(xlabel="batch", ylabel="tokens per ms", xscale="log", yscale="log")
-    by_batch.set_title("decode: 1,024 tokens (-), at 8,192 (--), 32,768 (:)")
+    by_batch.set_title("decode: 1,024 tokens (-), at 8,192 (--), 32,768 (:)", fontsize=10)
     by_batch.legend(fontsize=7)
     by_context.set(xlabel="context", ylabel="tokens per ms", xscale="log", yscale="log")
-    by_context.set_title("decode, batch 32")
+    by_context.set_title("decode, batch 1 (--) and 128 (-)")
     memory.set(xlabel="context", ylabel="MB", xscale="log", yscale="log")
     memory.set_title("state of one sequence")
     date = every(results["cells"], "date")

@@ -8,7 +8,7 @@ One CUDA graph for each length: a server could not do that for every length, so 
 server beats.
 """
 
-from statistics import median
+from statistics import linear_regression, median
 
 import torch
 import torch.nn.functional as F
@@ -121,11 +121,11 @@ def _store(qkv, cos, sin, k_cache, v_cache):
 
 @torch.no_grad()
 def measure(model, cell, repeat, generated) -> dict:
-    """A cell of end_to_end.py: for "0" the mean over `generated` steps, from steps at five lengths
-    between which the time is taken as linear."""
+    """A cell of end_to_end.py: for "0" the mean over `generated` steps, from a line through the
+    times at four lengths."""
     lengths = [cell.length]
     if cell.length == 0:
-        lengths = [1, *(generated * i // 4 for i in range(1, 5))]
+        lengths = [generated * i // 4 for i in range(1, 5)]
     rows = cell.batch
     if rows < 0:
         config = model.config
@@ -138,11 +138,7 @@ def measure(model, cell, repeat, generated) -> dict:
     points, names, tried = [], [], {}
     for length in lengths:
         step = Step(model, rows, length)
-        if length != 1:
-            tried = step.choose(_milliseconds)
-        else:
-            step.attention_name = "SDPA FlashAttention-2"
-            step.attention = backends()[step.attention_name]
+        tried = step.choose(_milliseconds)
         names.append(step.attention_name)
         figures = _replayed(step, repeat, rows)
         points.append(figures["median_ms"])
@@ -156,9 +152,10 @@ def measure(model, cell, repeat, generated) -> dict:
     share = 0.5 if cell.length == 0 else 1  # of the caches: on average
     result["bytes"] = int(weights + share * caches * len(model.layers))
     if cell.length == 0:
-        pairs = zip(points, points[1:])
-        mean = sum((a + b) / 2 for a, b in pairs) / (len(points) - 1)
-        result |= {"median_ms": mean, "tokens_per_ms": rows / mean, "points_ms": points}
+        slope, intercept = linear_regression(lengths, points)
+        mean = slope * (generated + 1) / 2 + intercept
+        result |= {"median_ms": mean, "tokens_per_ms": rows / mean}
+        result["points_ms"] = dict(zip(map(str, lengths), points))
         result.pop("quartiles_ms")
     return result
 
