@@ -137,18 +137,8 @@ class Engine:
 
         Returns the tokens that reached the host: on a GPU those of the step before.
         """
-        self._read_prompts()
-        running = [request for request in self.rows if request is not None]
-        if running:
-            self._shrink(len(running))
-            batch = self._launch()
-            self._send({request.slot: request for request in running}, self.tokens[:batch])
-            for request in running:
-                request.drawn += 1
-                request.length += 1
-                if request.drawn == request.max_new_tokens:
-                    self._leave(request)
-        return self._arrived(1 if running and self.device.type == "cuda" else 0)
+        with torch.cuda.device(self.device.index if self.device.type == "cuda" else -1):
+            return self._step()
 
     def run(self) -> Iterator[tuple[Request, int]]:
         """Steps until all requests are finished; every (request, token) as it comes."""
@@ -246,6 +236,20 @@ class Engine:
         return [*sum(state.layers, ()), state.positions, *fill, self.tokens, *self.draws.tensors()]
 
     # ---- one step ------------------------------------------------------------------------------
+
+    def _step(self) -> list[tuple[Request, int]]:
+        self._read_prompts()
+        running = [request for request in self.rows if request is not None]
+        if running:
+            self._shrink(len(running))
+            batch = self._launch()
+            self._send({request.slot: request for request in running}, self.tokens[:batch])
+            for request in running:
+                request.drawn += 1
+                request.length += 1
+                if request.drawn == request.max_new_tokens:
+                    self._leave(request)
+        return self._arrived(1 if running and self.device.type == "cuda" else 0)
 
     def _launch(self) -> int:
         """One token of every row, in place in self.tokens; returns the size of the batch."""

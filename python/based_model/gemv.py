@@ -87,27 +87,28 @@ def gemv(
     summed = x if update is None else torch.empty_like(x)
     columns = triton.next_power_of_2(width)
     per_program = max(1, ELEMENTS // columns)
-    _gemv[(triton.cdiv(rows, per_program),)](
-        x,
-        x if update is None else update,
-        x if norm is None else norm.weight,
-        weight,
-        weight if bias is None else bias,
-        out,
-        summed,
-        rows,
-        width,
-        0.0 if norm is None else norm.eps,
-        HAS_UPDATE=update is not None,
-        HAS_NORM=norm is not None,
-        HAS_BIAS=bias is not None,
-        SWIGLU=swiglu,
-        EARLY=_has_early_launch(x.device),
-        ROWS=per_program,
-        COLUMNS=columns,
-        num_warps=WARPS,
-        launch_pdl=_has_early_launch(x.device),
-    )
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        _gemv[(triton.cdiv(rows, per_program),)](
+            x,
+            x if update is None else update,
+            x if norm is None else norm.weight,
+            weight,
+            weight if bias is None else bias,
+            out,
+            summed,
+            rows,
+            width,
+            0.0 if norm is None else norm.eps,
+            HAS_UPDATE=update is not None,
+            HAS_NORM=norm is not None,
+            HAS_BIAS=bias is not None,
+            SWIGLU=swiglu,
+            EARLY=_has_early_launch(x.device),
+            ROWS=per_program,
+            COLUMNS=columns,
+            num_warps=WARPS,
+            launch_pdl=_has_early_launch(x.device),
+        )
     return summed, out
 
 
