@@ -5,17 +5,7 @@ import torch
 
 import based_ops
 import oracle
-from support import (
-    SEQLENS,
-    VIEWS,
-    assert_close,
-    check,
-    error,
-    far_apart,
-    flatten,
-    fused,
-    randn,
-)
+from support import SEQLENS, VIEWS, assert_close, check, error, far_apart, flatten, fused, randn
 
 pytestmark = pytest.mark.ops("sliding_window_attention")
 
