@@ -13,6 +13,7 @@ import torch
 import based_ops
 
 CALLS, REPEATS = 100, 15
+WARM_UP_S = 0.2  # a processor that has been waiting for a GPU is slow at first
 BATCH, NHEADS, FEATURE_DIM, HEAD_DIM, WINDOW, CHANNELS, TAPS = 1, 2, 16, 64, 16, 64, 3
 TARGETS_US = {("linear_attention", "forward"): 15, ("linear_attention", "forward+backward"): 60}
 
@@ -95,8 +96,11 @@ def calls(device):
 
 
 def _row(op, work, device, call):
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP_S:
+        call()
     times = []
-    for _ in range(REPEATS + 1):  # the first one warms up
+    for _ in range(REPEATS):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -106,7 +110,7 @@ def _row(op, work, device, call):
     return {
         "op": op,
         "work": work,
-        "median_us": median(times[1:]),
-        "quartiles_us": quantiles(times[1:], n=4, method="inclusive")[::2],
+        "median_us": median(times),
+        "quartiles_us": quantiles(times, n=4, method="inclusive")[::2],
         "target_us": TARGETS_US.get((op, work)),
     }
