@@ -126,17 +126,13 @@ enum class Product { kAB, kABt, kAtB };
 
 // gD (64, N) (+)= A (64, 32) times B (32, N), as two products of 16 k each. A is gA (64, 32), for
 // kAtB gA (32, 64) transposed; B is gB (32, N), for kABt gB (N, 32) transposed. kAsync false asks
-// for mma.sync where there is wgmma; kPad is the tiles'.
-template <class Element, Product kProduct, int N, bool kAsync, int kPad>
+// for mma.sync where there is wgmma.
+template <class Element, Product kProduct, int N, bool kAsync>
 __global__ void product_kernel(const uint16_t* gA, const uint16_t* gB, float* gD, bool accumulate) {
   constexpr bool kTransposedA = kProduct == Product::kAtB;
   constexpr bool kTransposedB = kProduct == Product::kABt;
-  __shared__ __align__(16)
-      CoreTile<(kTransposedA ? kK : kM) + 16, (kTransposedA ? kM : kK) + 8, kPad>
-          sA;
-  __shared__ __align__(16)
-      CoreTile<(kTransposedB ? N : kK) + 16, (kTransposedB ? kK : N) + 16, kPad>
-          sB;
+  __shared__ __align__(16) CoreTile<(kTransposedA ? kK : kM) + 16, (kTransposedA ? kM : kK) + 8> sA;
+  __shared__ __align__(16) CoreTile<(kTransposedB ? N : kK) + 16, (kTransposedB ? kK : N) + 16> sB;
   fill(sA, gA, kTransposedA ? kK : kM, kTransposedA ? kM : kK, 16, 1);
   fill(sB, gB, kTransposedB ? N : kK, kTransposedB ? kK : N, 8, 1);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -170,7 +166,7 @@ __global__ void product_kernel(const uint16_t* gA, const uint16_t* gB, float* gD
   for (int i = 0; i < N / 2; ++i) at(i) = d[i];
 }
 
-template <class Element, Product kProduct, int N, bool kAsync, int kPad = 16>
+template <class Element, Product kProduct, int N, bool kAsync>
 void check(bool accumulate) {
   SCOPED_TRACE("N " + std::to_string(N) + (kAsync ? " async" : "") + (accumulate ? " +=" : " ="));
   constexpr bool kTransposedA = kProduct == Product::kAtB;
@@ -182,7 +178,7 @@ void check(bool accumulate) {
   const Matrix before(random, kM, N, format);
   const DeviceArray<uint16_t> gA(a.bits), gB(b.bits);
   const DeviceArray<float> gD(std::vector<float>(before.values.begin(), before.values.end()));
-  product_kernel<Element, kProduct, N, kAsync, kPad>
+  product_kernel<Element, kProduct, N, kAsync>
       <<<1, 128>>>(gA.data(), gB.data(), gD.data(), accumulate);
   const std::vector<float> got = gD.values();
   int wrong = 0;
@@ -224,14 +220,6 @@ void check_AtB() {
 TEST_F(CudaMma, AtB) {
   check_AtB<__nv_bfloat16, 8, 24, 48, 80, 144, 160, 168>();
   check_AtB<__half, 8, 24, 48, 80, 144, 160, 168>();
-}
-
-TEST_F(CudaMma, TilesWithoutPadding) {
-  check<__nv_bfloat16, Product::kAB, 64, true, 0>(false);
-  check<__nv_bfloat16, Product::kAB, 64, false, 0>(false);
-  check<__nv_bfloat16, Product::kABt, 72, true, 0>(false);
-  check<__nv_bfloat16, Product::kABt, 72, false, 0>(false);
-  check<__nv_bfloat16, Product::kAtB, 80, true, 0>(true);
 }
 
 }  // namespace

@@ -45,10 +45,7 @@ void check_core_tile() {
   for (int i = 0; i < 24 * 5; ++i) EXPECT_EQ(got[i], i);
 }
 
-TEST_F(CudaPrimitives, CoreTile) {
-  check_core_tile<cuda::CoreTile<24, 40>>();
-  check_core_tile<cuda::CoreTile<24, 40, 0>>();
-}
+TEST_F(CudaPrimitives, CoreTile) { check_core_tile<cuda::CoreTile<24, 40>>(); }
 
 // ---- copies ------------------------------------------------------------------------------------
 
