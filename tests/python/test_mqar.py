@@ -13,6 +13,7 @@ from based_model.mqar_data import Task, TaskSet, generate
 from based_model.mqar_models import H3, Attention, BaseConv, Linear
 from based_model.mqar_run import Run, RunConfig, build_model
 from based_model.signals import StopSignal
+from training import one_thread_fixture  # noqa: F401
 
 pytestmark = pytest.mark.ops("linear_attention", "sliding_window_attention", "short_conv")
 
