@@ -72,7 +72,7 @@ def published_accuracy(record: dict) -> float | None:
 
 
 def plot_results(records: list[dict], file: Path):
-    """Draws ours (solid, dots) beside the published (dashed, crosses), where those are asked for.
+    """Draws ours (dots, a line through the best of at most so many bytes) beside the published.
 
     The published points belong to the paper's tasks and are drawn only beside results on these.
     """
@@ -92,7 +92,9 @@ def plot_results(records: list[dict], file: Path):
         color = colormaps["tab20"](2 * kind + shade)
         points = [(r["state_bytes"], r["accuracy"]) for r in best if r["run"]["mixer"] == name]
         if points:
-            axes.plot(*zip(*points), "o-", color=color, label=name)
+            best_yet = [p for p in points if all(p[1] > q[1] for q in points if q[0] < p[0])]
+            axes.plot(*zip(*points), "o", color=color, label=name)
+            axes.plot(*zip(*best_yet), color=color)
         if published and name in PUBLISHED:
             points = [(2**size, accuracy) for size, accuracy in PUBLISHED[name]]
             axes.plot(*zip(*points), "x--", color=color, alpha=0.5, label=f"{name}, published")
