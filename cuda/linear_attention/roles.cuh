@@ -113,8 +113,7 @@ struct SpanLoader {
 template <class Element>
 struct SpanStore {
   using Tile = CoreTile<kSpan, kTileV>;
-  Element*
-      at;  // the lane's first 16 bytes of the next chunk: rows lane / 8 + 0, 4, 8, 12 of the warp's
+  Element* at;  // the lane's first 16 bytes of the next chunk; the others lie 4 rows apart
 
   __device__ SpanStore(int thread, const Rows& rows, const Segment& seg, int head, int first_column,
                        int chunk)
@@ -222,7 +221,8 @@ struct Queries {
 };
 
 // z = sum_t phi(k_t) of a warpgroup from the moments sum k k^T and sum k: warp w holds columns
-// 8w ... 8w+7 of sum k k^T, the warp behind them sum k in its first column.
+// 8w ... 8w+7 of sum k k^T, the warp behind them sum k in its first column. Its products are exact,
+// where S sums those that were rounded to 16 bits.
 template <class Tr>
 struct Moments {
   static constexpr int kSumWarp = Tr::D / 8;
