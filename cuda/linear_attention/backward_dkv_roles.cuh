@@ -123,23 +123,15 @@ __device__ __forceinline__ void write_dkv(DkvRoleSmem<Tr>& smem, const Arguments
                                           float tokens, int turn) {
   using Element = typename Tr::Element;
   using Ring = DkvRing<Tr>;
-  constexpr int kSteps = Tr::kF / 16;
   const int head = place.head, first_v = place.tile * kTileV, length = int(seg.end - seg.begin);
   const int valid = min(kTileV, a.head_dim - first_v) / 8, first = chunks - 1 - turn;
   const int thread = thread_index() % kGroupThreads, warp = thread / 32, lane = thread % 32;
   const Diagonal diagonal{__shfl_sync(0xffffffffu, warp, 0), lane / 4 - lane % 4 * 2};
-  SpanLoader<Element, Tr::D / 8> q(thread, a.q, seg, head, 0, first);
-  SpanLoader<Element, Tr::D / 8> k(thread, a.k, seg, head, 0, first);
-  SpanLoader<Element, kTileV / 8> v(thread, a.v, seg, head, first_v, first);
-  SpanLoader<Element, kTileV / 8> dout(thread, a.dout, seg, head, first_v, first);
+  GradientLoader<Tr> loader(thread, a, seg, head, first_v, first);
   const auto load = [&](int i) {
     if (i >= chunks) return;
-    auto& stage = smem.begin_load(i);
-    const int n = length - (chunks - 1 - i) * kSpan;
-    q.template load<-2>(thread, stage.q, a.q.token, n);
-    k.template load<-2>(thread, stage.k, a.k.token, n);
-    v.template load<-2>(thread, stage.v, a.v.token, n, valid);
-    dout.template load<-2>(thread, stage.u, a.dout.token, n, valid);
+    loader.template load<-2>(thread, smem.begin_load(i), a, length - (chunks - 1 - i) * kSpan,
+                             valid);
     smem.end_load(i);
   };
 #pragma unroll 1
@@ -160,27 +152,8 @@ __device__ __forceinline__ void write_dkv(DkvRoleSmem<Tr>& smem, const Arguments
     float scores[kPairs / 2];
     {
       float dv[kTileV / 2];
-      uint32_t w[kPairs / 16][4], phi[kSteps][4];
-      ldmatrix_x4<false>(rows.x[0], stage.k.address(warp * 16 + lane % 16, lane / 16));
-      mma_begin(scores);
-      mma_ABt<Element, kPairs>(scores, rows.x[0], stage.q, 0, 0, false);
-      mma_commit();
-      rows.transpose();
-      rows.features(lane, phi);
-      smem.wait_state(i);
-      mma_begin(dv);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        mma_ABt<Element, kTileV>(dv, phi[step], sState, 0, 2 * step, step > 0);
-      }
-      mma_commit();
-      mma_wait<1>(scores);
-      weights<Tr, Visible::kUpper, 0>(w, scores, a.scale, unit, diagonal);
-#pragma unroll
-      for (int j = 0; j < kSpan / 16; ++j) {
-        mma_AB<Element, kTileV>(dv, w[j], stage.u, 16 * j, 0);
-      }
-      mma_commit();
+      begin_results<Tr, Visible::kUpper, kTileV>(dv, scores, rows, thread, smem, i, stage.k,
+                                                 stage.q, stage.u, a.scale, unit, diagonal);
       load(i + Ring::kAhead);
       mma_wait<0>(dv);
       uint32_t words[kTileV / 4];

@@ -15,6 +15,30 @@ struct GradientStage {
 };
 
 template <class Tr>
+struct GradientLoader {
+  using Element = typename Tr::Element;
+  SpanLoader<Element, Tr::D / 8> q, k;
+  SpanLoader<Element, kTileV / 8> v, dout;
+
+  __device__ GradientLoader(int thread, const Arguments& a, const Segment& seg, int head,
+                            int first_v, int chunk)
+      : q(thread, a.q, seg, head, 0, chunk),
+        k(thread, a.k, seg, head, 0, chunk),
+        v(thread, a.v, seg, head, first_v, chunk),
+        dout(thread, a.dout, seg, head, first_v, chunk) {}
+
+  // Of the chunk n rows exist, of v and dout `valid` times 8 columns.
+  template <int kTurns>
+  __device__ __forceinline__ void load(int thread, GradientStage<Tr>& stage, const Arguments& a,
+                                       int n, int valid) {
+    q.template load<kTurns>(thread, stage.q, a.q.token, n);
+    k.template load<kTurns>(thread, stage.k, a.k.token, n);
+    v.template load<kTurns>(thread, stage.v, a.v.token, n, valid);
+    dout.template load<kTurns>(thread, stage.u, a.dout.token, n, valid);
+  }
+};
+
+template <class Tr>
 using DqRing = RoleRing<Tr, GradientStage<Tr>, 4, 2, kGradientRows, 1, 1>;
 
 template <class Tr>
@@ -34,18 +58,10 @@ __device__ __forceinline__ void write_dq(DqRoleSmem<Tr>& smem, const Arguments& 
   const int valid = min(kTileV, a.head_dim - first_v) / 8;
   const int thread = thread_index() % kGroupThreads, warp = thread / 32, lane = thread % 32;
   const Diagonal diagonal{__shfl_sync(0xffffffffu, warp, 0), lane / 4 - lane % 4 * 2};
-  SpanLoader<Element, Tr::D / 8> q(thread, a.q, seg, head, 0, turn);
-  SpanLoader<Element, Tr::D / 8> k(thread, a.k, seg, head, 0, turn);
-  SpanLoader<Element, kTileV / 8> v(thread, a.v, seg, head, first_v, turn);
-  SpanLoader<Element, kTileV / 8> dout(thread, a.dout, seg, head, first_v, turn);
+  GradientLoader<Tr> loader(thread, a, seg, head, first_v, turn);
   const auto load = [&](int i) {
     if (i >= chunks) return;
-    auto& stage = smem.begin_load(i);
-    const int n = length - i * kSpan;
-    q.template load<2>(thread, stage.q, a.q.token, n);
-    k.template load<2>(thread, stage.k, a.k.token, n);
-    v.template load<2>(thread, stage.v, a.v.token, n, valid);
-    dout.template load<2>(thread, stage.u, a.dout.token, n, valid);
+    loader.template load<2>(thread, smem.begin_load(i), a, length - i * kSpan, valid);
     smem.end_load(i);
   };
 #pragma unroll 1
@@ -64,30 +80,9 @@ __device__ __forceinline__ void write_dq(DqRoleSmem<Tr>& smem, const Arguments& 
     mma_publish();  // the copies of others, for wgmma
 
     float scores[kPairs / 2], out[kExtended / 2];
-    {
-      uint32_t w[kPairs / 16][4], phi[kSteps][4];
-      ldmatrix_x4<false>(rows.x[0], stage.q.address(warp * 16 + lane % 16, lane / 16));
-      mma_begin(scores);
-      mma_ABt<Element, kPairs>(scores, rows.x[0], stage.k, 0, 0, false);
-      mma_commit();
-      rows.transpose();
-      rows.features(lane, phi);
-      smem.wait_state(i);
-      mma_begin(out);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        mma_ABt<Element, kExtended>(out, phi[step], sState, 0, 2 * step, step > 0);
-      }
-      mma_commit();
-      mma_wait<1>(scores);
-      weights<Tr, Visible::kLower, 0>(w, scores, a.scale, unit, diagonal);
-#pragma unroll
-      for (int j = 0; j < kSpan / 16; ++j) {
-        mma_AB<Element, kExtended>(out, w[j], stage.v, 16 * j, 0);
-      }
-      mma_commit();
-      mma_wait<0>(out);
-    }
+    begin_results<Tr, Visible::kLower, kExtended>(out, scores, rows, thread, smem, i, stage.q,
+                                                  stage.k, stage.v, a.scale, unit, diagonal);
+    mma_wait<0>(out);
     if (any_not_finite(out)) {
       uint32_t w[kPairs / 16][4], phi[kSteps][4];
       weights<Tr, Visible::kLower, 0>(w, scores, a.scale, unit, diagonal);

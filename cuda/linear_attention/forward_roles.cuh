@@ -81,27 +81,8 @@ __device__ __forceinline__ void write_outputs(ForwardRoleSmem<Tr>& smem, const A
     float out[kExtended / 2];
     {
       float scores[kPairs / 2];
-      uint32_t w[kPairs / 16][4], phi[kSteps][4];
-      ldmatrix_x4<false>(rows.x[0], stage.q.address(warp * 16 + lane % 16, lane / 16));
-      mma_begin(scores);
-      mma_ABt<Element, kPairs>(scores, rows.x[0], stage.k, 0, 0, false);
-      mma_commit();
-      rows.transpose();
-      rows.features(lane, phi);
-      smem.wait_state(i);
-      mma_begin(out);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        mma_ABt<Element, kExtended>(out, phi[step], sState, 0, 2 * step, step > 0);
-      }
-      mma_commit();
-      mma_wait<1>(scores);
-      weights<Tr, Visible::kLower, 0>(w, scores, a.scale, unit, diagonal);
-#pragma unroll
-      for (int j = 0; j < kSpan / 16; ++j) {
-        mma_AB<Element, kExtended>(out, w[j], stage.v, 16 * j, 0);
-      }
-      mma_commit();
+      begin_results<Tr, Visible::kLower, kExtended>(out, scores, rows, thread, smem, i, stage.q,
+                                                    stage.k, stage.v, a.scale, unit, diagonal);
       load(i + Ring::kAhead);
       mma_wait<0>(out);
     }
@@ -122,8 +103,8 @@ __device__ __forceinline__ void write_outputs(ForwardRoleSmem<Tr>& smem, const A
     normalize();
     if (any_not_finite<Element>(words)) {
       float scores[kPairs / 2];
-      uint32_t w[kPairs / 16][4], phi[kSteps][4];
       mma_ABt<Element, kPairs, false>(scores, rows.x[0], stage.k, 0, 0, false);
+      uint32_t w[kPairs / 16][4], phi[kSteps][4];
       weights<Tr, Visible::kLower, 0>(w, scores, a.scale, unit, diagonal);
       rows.features(lane, phi);
 #pragma unroll

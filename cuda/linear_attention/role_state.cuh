@@ -187,6 +187,38 @@ __device__ __forceinline__ void keep_state(Ring& ring, const Arguments& a, const
   }
 }
 
+// A chunk's results, unnormalised, times unit: out (64, N) = phi(x) S + sum of w y over the visible
+// pairs of sX's rows with sOther's. The products are under way when it returns; the scores stay.
+template <class Tr, Visible kVisible, int N, class Ring, class XTile, class YTile>
+__device__ __forceinline__ void begin_results(float (&out)[N / 2], float (&scores)[kPairs / 2],
+                                              Queries<Tr>& rows, int thread, Ring& ring, int i,
+                                              const XTile& sX, const XTile& sOther, const YTile& sY,
+                                              float scale, float unit, const Diagonal& diagonal) {
+  using Element = typename Tr::Element;
+  constexpr int kSteps = Tr::kF / 16;
+  const auto& sState = ring.state_of(i);
+  uint32_t w[kPairs / 16][4], phi[kSteps][4];
+  const int warp = thread / 32, lane = thread % 32;
+  ldmatrix_x4<false>(rows.x[0], sX.address(warp * 16 + lane % 16, lane / 16));
+  mma_begin(scores);
+  mma_ABt<Element, kPairs>(scores, rows.x[0], sOther, 0, 0, false);
+  mma_commit();
+  rows.transpose();
+  rows.features(lane, phi);
+  ring.wait_state(i);
+  mma_begin(out);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    mma_ABt<Element, N>(out, phi[step], sState, 0, 2 * step, step > 0);
+  }
+  mma_commit();
+  mma_wait<1>(scores);
+  weights<Tr, kVisible, 0>(w, scores, scale, unit, diagonal);
+#pragma unroll
+  for (int j = 0; j < kSpan / 16; ++j) mma_AB<Element, N>(out, w[j], sY, 16 * j, 0);
+  mma_commit();
+}
+
 // The warpgroup of the keys' features.
 template <class Tr, class Ring>
 __device__ __forceinline__ void keep_features(Ring& ring, int chunks) {
