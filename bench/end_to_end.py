@@ -17,7 +17,6 @@ import datetime
 import gc
 import json
 import re
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ import transformer_step
 from based_model import PRESETS, Based, Engine, Sampling
 from based_model.engine import Request
 from end_to_end_report import BEST, OURS, PAPER, SMALL, SMALL_OURS
+from provenance import commit, slug
 
 HERE = Path(__file__).parent
 GENERATED = 1024  # tokens that "0" as a context stands for: all of them, from the first on
@@ -99,8 +99,7 @@ def main():
         return print("\n".join(cell.name for cell in chosen))
 
     machine = torch.cuda.get_device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    path = args.out or HERE / "results" / f"end-to-end-{slug}.json"
+    path = args.out or HERE / "results" / f"end-to-end-{slug(machine)}.json"
     results = json.loads(path.read_text()) if path.exists() else head(machine)
     measured = {"commit": args.commit or commit(), "date": datetime.date.today().isoformat()}
     runner = Runner(args.seconds)
@@ -128,12 +127,6 @@ def head(machine: str) -> dict:
         "ceilings": ceilings.measure(timing.CudaTimer(), "cuda", {torch.bfloat16}, seconds=0.3),
         "cells": {},
     }
-
-
-def commit() -> str:
-    """What is measured, with -dirty for changes on top."""
-    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def summary(figures: dict) -> str:

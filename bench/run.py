@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ import report
 import suite_cpu
 import suite_cuda
 import timing
+from provenance import commit, slug
 
 SUITES = {"cpu": suite_cpu.cases, "cuda": suite_cuda.cases}
 SECONDS = {"cpu": 5.0, "cuda": 0.3}  # for each case, about
@@ -101,12 +101,11 @@ def run(args, cases):
     if re.search(args.filter, MEMORY) and "linear_attention_backward" not in missing:
         results["memory"] = memory.measure(args.device, args.threads)
 
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
     if args.out:
         write(args.out, add_to(args.out, results) if args.filter else results)
         args.out.with_suffix(".part.json").unlink(missing_ok=True)
     elif not args.filter:
-        write(RESULTS / f"{args.device}-{slug}.json", results)
+        write(RESULTS / f"{args.device}-{slug(machine['name'])}.json", results)
         render()
     return results
 
@@ -248,13 +247,6 @@ def describe_machine(args):
         "torch": torch.__version__,
         "load_before": os.getloadavg()[0],
     }
-
-
-def commit():
-    """Short hash of what was measured, with -dirty for changes on top."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    described = subprocess.run(command, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
 
 
 def render():
