@@ -49,7 +49,7 @@ ATTENTIONS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 @dataclass(frozen=True)
 class Cell:
-    work: str  # decode, prefill, train, decode profile, train profile
+    work: str  # decode, prefill, train, or one of them and " profile"
     model: str
     batch: int  # rows, MANY for as many as fit
     length: int  # context of a decode step, tokens of a prefilled or trained row
@@ -68,8 +68,13 @@ def cells() -> list[Cell]:
         *(Cell("decode", OURS, 1, t) for t in (0, 100, 100_000)),
         *(Cell("decode profile", OURS, b, 512) for b in (128, 1)),
         *(Cell("prefill", m, b, t) for m in models for b, t in ((4, 8192), (1, 131072))),
-        *(Cell("train", m, b, t) for m in (SMALL_OURS, SMALL) for b, t in ((16, 2048), (4, 8192))),
-        Cell("train profile", SMALL_OURS, 16, 2048),
+        *(Cell("prefill profile", m, 4, 8192) for m in (OURS, BEST)),
+        *(
+            Cell(work, m, b, t)
+            for m in (SMALL_OURS, SMALL)
+            for b, t in ((16, 2048), (4, 8192))
+            for work in ("train", "train profile")
+        ),
     ]
     sizes = [(b, t) for t in (0, 8192, 32768) for b in (1, 8, 32, 128, MANY)]
     everything = [
@@ -146,30 +151,25 @@ def summary(figures: dict) -> str:
 
 
 class Runner:
-    """Holds the model of the last cell, as building one takes a second."""
+    """Holds the model of the last cell, or its training step, as building one takes time."""
 
     def __init__(self, seconds: float):
         self.name, self.model = None, None
         self.repeat = partial(repeat, limit=seconds)
 
     def run(self, cell: Cell) -> dict:
-        self._free()
-        torch.cuda.reset_peak_memory_stats()
         work, *profile = cell.work.split()
-        if work == "train":
+        name = (cell.model, cell.batch, cell.length) if work == "train" else cell.model
+        self._free()
+        if self.name != name:
             self.name, self.model = None, None
             self._free()
             torch.compiler.reset()
-            figures = training_step.measure(cell, kernels if profile else self.repeat)
-        else:
-            if self.name != cell.model:
-                self.name, self.model = None, None
-                self._free()
-                torch.compiler.reset()
-                self.name, self.model = cell.model, build(cell.model)
-            measure = {"decode": self._decode, "prefill": self._prefill}[work]
-            figures = measure(cell, bool(profile))
-        return {**figures, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+            self.model = training_step.Step(cell) if work == "train" else build(cell.model)
+            self.name = name
+        torch.cuda.reset_peak_memory_stats()
+        measure = {"decode": self._decode, "prefill": self._prefill, "train": self._train}[work]
+        return {**measure(cell, bool(profile)), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
     def _free(self):
         gc.collect()
@@ -208,7 +208,15 @@ class Runner:
                 return self.model.logits(x[:, -1])
 
         run(tokens)  # compiles, for this shape
+        if profile:
+            return kernels(lambda: run(tokens), 1)
         return self.repeat(lambda: run(tokens), 1, cell.batch * cell.length)
+
+    def _train(self, cell: Cell, profile: bool) -> dict:
+        if profile:
+            return kernels(self.model, 1)
+        figures = self.repeat(self.model, 1, cell.batch * cell.length)
+        return {**figures, "mfu": self.model.mfu(figures["median_ms"])}
 
 
 @torch.no_grad()

@@ -19,32 +19,32 @@ def mean_loss(model, x, targets):
     return F.cross_entropy(model.logits(x).flatten(0, 1).float(), targets.flatten())
 
 
-def measure(cell, timed) -> dict:
-    """A cell of end_to_end.py: tokens per ms, and MFU by 6 FLOP a parameter and token.
+class Step:
+    """The step of a cell of end_to_end.py, compiled and run twice: the moments are there too."""
 
-    timed(step, steps, tokens) times it, or profiles it.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = Based(PRESETS[cell.model])
-        inputs, targets = torch.randint(model.config.vocab_size, (2, cell.batch, cell.length))
-    for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=False)
-    optimizer = build_optimizer(model, 0.1, (0.9, 0.95))
+    def __init__(self, cell):
+        torch._dynamo.config.recompile_limit = 64
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            self.model = Based(PRESETS[cell.model])
+            sizes = (2, cell.batch, cell.length)
+            self.inputs, self.targets = torch.randint(self.model.config.vocab_size, sizes)
+        for layer in self.model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+        self.optimizer = build_optimizer(self.model, 0.1, (0.9, 0.95))
+        for _ in range(2):
+            self()
 
-    def step():
-        optimizer.zero_grad()
+    def __call__(self):
+        self.optimizer.zero_grad()
         with sdpa_kernel(ATTENTIONS, set_priority=True):
             with torch.autocast("cuda", torch.bfloat16):
-                loss = mean_loss(model, model.hidden(inputs)[0], targets)
+                loss = mean_loss(self.model, self.model.hidden(self.inputs)[0], self.targets)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
 
-    for _ in range(2):  # compiles; the optimizer's moments
-        step()
-    tokens = cell.batch * cell.length
-    figures = timed(step, 1, tokens)
-    flop = 6 * sum(p.numel() for p in model.parameters()) * tokens
-    return {**figures, "mfu": flop / PEAK_FLOP_S / figures["median_ms"] * 1e3}
+    def mfu(self, milliseconds: float) -> float:
+        """By 6 FLOP a parameter and token."""
+        flop = 6 * sum(p.numel() for p in self.model.parameters()) * self.inputs.numel()
+        return flop / PEAK_FLOP_S / milliseconds * 1e3
