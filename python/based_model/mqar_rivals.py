@@ -9,10 +9,12 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from based_model.config import ConfigError
-from based_model.mqar_models import BaseConv
+from based_model.mqar_models import BaseConv, Select
+from based_ops import short_conv
 
 
 class Rival(nn.Module):
@@ -22,8 +24,47 @@ class Rival(nn.Module):
         super().__init__()
         self.layer, self.state_size = layer, state_size
 
-    def forward(self, x: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, select: Select) -> Tensor:
         return select(self.layer(x)[0])
+
+
+class MambaRival(Rival):
+    """fla's Mamba, its scan by fla's HGRN kernels; its own needs mamba-ssm or takes L steps."""
+
+    def forward(self, x: Tensor, select: Select) -> Tensor:
+        from fla.ops.hgrn import fused_recurrent_hgrn
+
+        m, dtype = self.layer, x.dtype
+        widths = (m.dt_rank, m.ssm_state_size, m.ssm_state_size)
+        u, gate = m.in_proj(x).chunk(2, -1)
+        u = short_conv(u, m.conv1d.weight[:, 0], m.conv1d.bias, activation="silu")
+        dt, b, c = m.x_proj(u).split(widths, -1)
+        dt = F.softplus(m.dt_proj(dt).float())[..., None]
+        log_decay = dt * -m.A_log.exp()  # (B, L, C, N), as are the states
+        inputs = dt * u[..., None] * b[:, :, None]
+        states, _ = fused_recurrent_hgrn(inputs.flatten(2), log_decay.flatten(2))
+        out = (states.view_as(inputs) * c[:, :, None]).sum(-1) + m.D * u
+        return m.out_proj(select(out * F.silu(gate)).to(dtype))
+
+
+class Mamba2Rival(Rival):
+    """fla's Mamba-2, its scan by fla's kernels for one decay a head; its own needs mamba-ssm."""
+
+    def forward(self, x: Tensor, select: Select) -> Tensor:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        m, heads = self.layer, (self.layer.num_heads, self.layer.head_dim)
+        widths = (m.intermediate_size, m.ssm_state_size, m.ssm_state_size)
+        gate, u, dt = m.in_proj(x).split((widths[0], sum(widths), m.num_heads), -1)
+        u = short_conv(u, m.conv1d.weight[:, 0], m.conv1d.bias, activation="silu")
+        u, b, c = u.split(widths, -1)
+        b, c = (y[:, :, None].expand(-1, -1, m.num_heads, -1).contiguous() for y in (b, c))
+        u = u.unflatten(-1, heads)
+        dt = F.softplus(dt.float() + m.dt_bias)
+        v = (u * dt[..., None]).to(u.dtype)
+        out, _ = chunk_simple_gla(c, b, v, dt * -m.A_log.exp(), scale=1.0)
+        out = (out + m.D[:, None] * u).flatten(2).to(u.dtype)
+        return m.out_proj(m.norm(select(out), select(gate)))
 
 
 @dataclass(frozen=True)
@@ -35,6 +76,7 @@ class RivalKind:
     state_size: Callable[[int, int], int]
     sizes: tuple[str, ...] = ()  # the settings beside d_model that make a difference
     twice: bool = False
+    mixer: type[Rival] = Rival
 
     def mixers(self, d_model: int, state_dim: int) -> list[nn.Module]:
         """The mixers of a model; ConfigError where fla is missing or does not take the size."""
@@ -53,7 +95,7 @@ class RivalKind:
                 raise ConfigError(
                     f"d_model: {self.layer} does not take {d_model}: {error}"
                 ) from error
-            return Rival(layer, self.state_size(d_model, state_dim))
+            return self.mixer(layer, self.state_size(d_model, state_dim))
 
         return [make(0), make(1)] if self.twice else [BaseConv(d_model), make(0)]
 
@@ -65,6 +107,7 @@ RIVALS = {
         lambda d, n: 2 * d * n + 3 * 2 * d,
         sizes=("state_dim",),
         twice=True,
+        mixer=MambaRival,
     ),
     "mamba2": RivalKind(
         "Mamba2",
@@ -72,6 +115,7 @@ RIVALS = {
         lambda d, n: 2 * d * n + 3 * (2 * d + 2 * n),
         sizes=("state_dim",),
         twice=True,
+        mixer=Mamba2Rival,
     ),
     "rwkv7": RivalKind(
         "RWKV7Attention",
