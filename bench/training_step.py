@@ -1,8 +1,6 @@
-"""One optimizer step of a preset, as based_model.train makes it with --compile --precision bf16,
-and with the output layer and the loss compiled too."""
+"""One optimizer step of a preset, as based_model.train makes it with --compile --precision bf16."""
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from based_model import PRESETS, Based
@@ -11,12 +9,6 @@ from based_model.optim import build_optimizer
 # Of a Transformer: the first that takes the shape.
 ATTENTIONS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 PEAK_FLOP_S = 989e12  # dense bf16 of an H100 or H200 SXM, from its data sheet
-
-
-@torch.compile(dynamic=False)
-def mean_loss(model, x, targets):
-    """Cross-entropy of what hidden() gave: the output layer is compiled too."""
-    return F.cross_entropy(model.logits(x).flatten(0, 1).float(), targets.flatten())
 
 
 class Step:
@@ -29,8 +21,7 @@ class Step:
             self.model = Based(PRESETS[cell.model])
             sizes = (2, cell.batch, cell.length)
             self.inputs, self.targets = torch.randint(self.model.config.vocab_size, sizes)
-        for layer in self.model.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+        self.model.compile_training()
         self.optimizer = build_optimizer(self.model, 0.1, (0.9, 0.95))
         for _ in range(2):
             self()
@@ -39,7 +30,7 @@ class Step:
         self.optimizer.zero_grad()
         with sdpa_kernel(ATTENTIONS, set_priority=True):
             with torch.autocast("cuda", torch.bfloat16):
-                loss = mean_loss(self.model, self.model.hidden(self.inputs)[0], self.targets)
+                loss = self.model(self.inputs, targets=self.targets)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

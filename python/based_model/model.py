@@ -78,6 +78,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def after(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + update, the norm of that), in one kernel when compiled; None adds nothing."""
+        return (x, self(x)) if update is None else add_norm(x, update, self.weight, self.eps)
+
 
 class MLP(nn.Module):
     """SwiGLU: fc2(h[:m] * silu(h[m:])) with h = fc1(x), m = mlp_dim."""
@@ -101,13 +105,15 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, state: LayerState | None, span: Span):
-        mixed, state = self.mixer(self.norm1(x), state, span)
-        x, h = add_norm(x, mixed, self.norm2.weight, self.norm2.eps)
-        return x + self.mlp(h), state
+    def forward(self, x: Tensor, update: Tensor | None, state: LayerState | None, span: Span):
+        """Residual stream and what the last block has yet to add to it: the same, and the state."""
+        x, h = self.norm1.after(x, update)
+        mixed, state = self.mixer(h, state, span)
+        x, h = self.norm2.after(x, mixed)
+        return x, self.mlp(h), state
 
     def decode(self, x: Tensor, update: Tensor | None, state: LayerState, span: Span):
-        """One token per row: (x, update, state), where update is yet to be added to x."""
+        """forward() for one token per row."""
         x, mixed, state = self.mixer.decode(x, update, self.norm1, state, span)
         x, h = norm_linear(x, mixed, self.norm2, self.mlp.fc1.weight)
         return x, swiglu_linear(h, self.mlp.fc2.weight), state
@@ -143,15 +149,18 @@ class Based(nn.Module):
         state: ModelState | None = None,
         output_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ModelState]:
         """Logits of every next token: tokens (B,T) -> (B,T,vocab_size), any T >= 0.
 
         state continues earlier calls and is left as it is; with output_state the result is
         (logits, new state). cu_seqlens (N+1,) splits a single row (B = 1) of tokens into N
-        packed sequences, and states then carry N rows.
+        packed sequences, and states then carry N rows. With targets (B,T), the tokens that do
+        come next, loss() of them takes the place of the logits.
         """
         x, state = self.hidden(tokens, state, output_state, cu_seqlens)
-        return (self.logits(x), state) if output_state else self.logits(x)
+        out = self.logits(x) if targets is None else self.loss(x, targets)
+        return (out, state) if output_state else out
 
     def hidden(
         self,
@@ -181,21 +190,33 @@ class Based(nn.Module):
         rotary = self._rotary(positions)
         span = Span(start, positions, rotary, cu_seqlens, sequence, slots, output_state)
 
-        x = self._embed(tokens)
+        x, update = self._embed(tokens), None
         layer_states = []
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             # The other kind of checkpoint lets an op look at what it saved only once.
             run = partial(checkpoint, layer, use_reentrant=True) if again else layer
-            x, layer_state = run(x, None if state is None else state.layers[i], span)
+            layer_state = None if state is None else state.layers[i]
+            x, update, layer_state = run(x, update, layer_state, span)
             if output_state:
                 layer_states.append(layer_state)
-        return x, ModelState(layer_states, end) if output_state else None
+        return x + update, ModelState(layer_states, end) if output_state else None
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and tied output layer: (..., d_model) -> (..., vocab_size)."""
         logits = F.linear(self.norm(x), self.embedding.weight)
         return logits[..., : self.config.vocab_size]  # no token has a padding row's id
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, computed in fp32, of what hidden() gave: scalar."""
+        logits = self.logits(x)
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+    def compile_training(self):
+        """Has torch.compile make the blocks, the output layer and the loss, for each shape anew."""
+        for layer in self.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+        self.loss = torch.compile(self.loss, fullgraph=True, dynamic=False)
 
     def state_size(self, seqlen: int) -> int:
         """Bytes of one sequence's state after seqlen tokens, in the dtype of the weights."""

@@ -73,7 +73,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     # Run every block's forward again in the backward instead of keeping what it computed.
     checkpoint_activations: bool = False
-    # Compile the blocks with torch.compile, which needs a C++ compiler or a GPU.
+    # Compile the model and the loss with torch.compile, which needs a C++ compiler or a GPU.
     compile: bool = False
     # CPU threads of a process; default: as many as torch finds cores.
     threads: int | None = None

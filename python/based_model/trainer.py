@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from based_model import checkpoint as ckpt
@@ -60,8 +59,7 @@ class Trainer:
             self._load_weights(resume)
         self.model.checkpoint_activations = config.checkpoint_activations
         if config.compile:
-            for layer in self.model.layers:
-                layer.compile(fullgraph=True, dynamic=False)
+            self.model.compile_training()
         # What forward and backward go through; its parameters are those of self.model.
         self.module = spread(self.model, config.parallel, torch.device(config.device))
         self.optimizer = build_optimizer(
@@ -107,8 +105,7 @@ class Trainer:
         """Mean cross-entropy in nats per token; inputs and targets (B,T)."""
         device, bf16 = self.config.device, self.config.precision == "bf16"
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            logits = self.module(inputs.to(device))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
+            return self.module(inputs.to(device), targets=targets.to(device))
 
     @torch.no_grad()
     def evaluate(self, windows: int | None = None) -> float:
