@@ -4,6 +4,22 @@
 #include "short_conv/states.cuh"
 
 namespace based::cuda {
+namespace {
+
+// Whether `count` neighbouring channels are whole vectors in all that a call reads and writes.
+bool decodes_vectors(const ShortConvDecodeParams& p, int count, int element_bytes) {
+  const auto aligned = [&](const TensorView& view) {
+    return view.rank < 0 || reinterpret_cast<uintptr_t>(view.data) % (count * element_bytes) == 0;
+  };
+  const TensorView &weight = p.weight, &state = p.conv_state;
+  return rows_are_vectors(p.x, count, element_bytes) &&
+         rows_are_vectors(p.gate, count, element_bytes) &&
+         rows_are_vectors(p.out, count, element_bytes) && aligned(p.bias) && aligned(weight) &&
+         weight.stride[0] == weight.size[1] && aligned(state) && state.stride[1] == state.size[2] &&
+         (state.size[0] <= 1 || state.stride[0] % count == 0);
+}
+
+}  // namespace
 
 Status short_conv(const ShortConvParams& p, void*, Stream stream_) {
   const char* op = "short_conv";
@@ -51,11 +67,16 @@ Status short_conv_decode(const ShortConvDecodeParams& p, void*, Stream stream) {
   return dispatch_element(op, p.x.dtype, [&](auto type) {
     using Element = typename decltype(type)::type;
     return dispatch_taps(op, p.weight.size[1], [&](auto k) {
-      const int64_t blocks = ceil_div(args.batch * args.channels, kStateThreads);
-      return with_grid(op, blocks, [&](unsigned grid) {
-        short_conv_decode_kernel<Element, k()>
-            <<<grid, kStateThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-      });
+      const auto run = [&](auto vec) {
+        const int64_t threads = args.batch * (args.channels / vec());
+        return with_grid(op, ceil_div(threads, kConvDecodeThreads), [&](unsigned grid) {
+          launch_early<ConvDecodeArgs>(short_conv_decode_kernel<Element, k(), vec()>, grid,
+                                       kConvDecodeThreads, 0, static_cast<cudaStream_t>(stream),
+                                       args);
+        });
+      };
+      constexpr int kVec = 16 / sizeof(Element);
+      return decodes_vectors(p, kVec, sizeof(Element)) ? run(Int<kVec>{}) : run(Int<1>{});
     });
   });
 }

@@ -1,6 +1,7 @@
-// The final state, and decoding: small kernels of one thread per row and channel.
+// The final state, and decoding: small kernels that walk no tokens.
 #pragma once
 
+#include "primitives/decode_row.cuh"
 #include "primitives/early_launch.cuh"
 #include "short_conv/convolution.cuh"
 
@@ -42,34 +43,75 @@ struct ConvDecodeArgs {
   bool silu;
 };
 
-template <class Element, int kTaps>
-__global__ void short_conv_decode_kernel(ConvDecodeArgs args) {
-  let_next_kernel_start();
-  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t row = index / args.channels;
-  const int channel = static_cast<int>(index % args.channels);
-  if (row >= args.batch) return;
-  const int64_t slot = args.state_indices.data == nullptr ? row : args.state_indices[row];
-  Element* gOut = mutable_token_of<Element>(args.out, row, 0, channel);
-  if (slot < 0 || slot >= args.slots) {
-    *gOut = from_float<Element>(absent({slot == -1 ? 0 : -1, 0, 0}));
-    return;
+// kCount elements of each of kVec channels, which follow each other in memory.
+template <class Element, int kCount, int kVec>
+struct ChannelRows {
+  Vector<Element, kVec> vectors[kCount];
+
+  __device__ __forceinline__ explicit ChannelRows(const Element* from) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) vectors[n] = load_vector<kVec>(from + n * kVec);
   }
-  const Element* gWeight = row_of<Element>(args.weight, channel, 0);
-  Element* gState = state_of<Element>(args.state, slot, channel);
-  Element inputs[kTaps];
+  __device__ __forceinline__ float at(int channel, int j) const {
+    const int place = channel * kCount + j;
+    return vectors[place / kVec][place % kVec];
+  }
+};
+
+// A thread has kVec channels of a row. Bound by memory, and by its latency: all that does not
+// depend on the slot is on its way before the slot is known.
+template <class Element, int kTaps, int kVec>
+__global__ void __launch_bounds__(kConvDecodeThreads)
+    short_conv_decode_kernel(const __grid_constant__ ConvDecodeArgs args) {
+  let_next_kernel_start();
+  const int64_t index = int64_t(blockIdx.x) * kConvDecodeThreads + threadIdx.x;
+  const int vectors = args.channels / kVec;
+  const int64_t b = index / vectors;
+  const int channel = static_cast<int>(index - b * vectors) * kVec;
+  wait_for_earlier_kernels();
+  if (b >= args.batch) return;
+  const DecodeRow row = decode_row(args.state_indices, b, args.slots);
+  const auto x = load_vector<kVec>(row_of<Element>(args.x, b, channel));
+  const ChannelRows<Element, kTaps, kVec> weight(row_of<Element>(args.weight, channel, 0));
+  Vector<Element, kVec> gate, bias;
+  const bool gated = args.gate.data != nullptr, biased = args.bias != nullptr;
+  if (gated) gate = load_vector<kVec>(row_of<Element>(args.gate, b, channel));
+  if (biased) bias = load_vector<kVec>(static_cast<const Element*>(args.bias) + channel);
+  Element* gOut = mutable_token_of<Element>(args.out, b, 0, channel);
+  float out[kVec];
+  if (row.kind != RowKind::kRun) {
 #pragma unroll
-  for (int j = 0; j < kTaps - 1; ++j) inputs[j] = gState[j];
-  inputs[kTaps - 1] = *row_of<Element>(args.x, row, channel);
-  float sum =
-      args.bias == nullptr ? 0.0f : to_float(static_cast<const Element*>(args.bias)[channel]);
+    for (int i = 0; i < kVec; ++i) out[i] = filler(row.kind);
+    return store_vector(gOut, out);
+  }
+  Element* gState = state_of<Element>(args.state, row.slot, channel);
+  const ChannelRows<Element, kTaps - 1, kVec> state(gState);
+  const auto input = [&](int i, int j) { return j < kTaps - 1 ? state.at(i, j) : x[i]; };
 #pragma unroll
-  for (int j = 0; j < kTaps; ++j) sum += to_float(gWeight[j]) * to_float(inputs[j]);
-  if (args.silu) sum *= sigmoid(sum);
-  if (args.gate.data != nullptr) sum *= to_float(*row_of<Element>(args.gate, row, channel));
-  *gOut = from_float<Element>(sum);
+  for (int i = 0; i < kVec; ++i) {
+    out[i] = biased ? bias[i] : 0.0f;
 #pragma unroll
-  for (int j = 0; j < kTaps - 1; ++j) gState[j] = inputs[j + 1];
+    for (int j = 0; j < kTaps; ++j) out[i] += weight.at(i, j) * input(i, j);
+  }
+  if (args.silu) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) out[i] *= sigmoid(out[i]);
+  }
+  if (gated) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) out[i] *= gate[i];
+  }
+  store_vector(gOut, out);
+#pragma unroll
+  for (int n = 0; n < kTaps - 1; ++n) {
+    float shifted[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const int place = n * kVec + i;
+      shifted[i] = input(place / (kTaps - 1), place % (kTaps - 1) + 1);
+    }
+    store_vector(gState + n * kVec, shifted);
+  }
 }
 
 }  // namespace based::cuda

@@ -5,6 +5,7 @@ namespace based::cuda {
 
 constexpr int kConvMaxTaps = 8;
 constexpr int kConvLanes = 32;  // of a warp, each with a vector of channels
+constexpr int kConvDecodeThreads = 128;
 constexpr int kConvVector = 4;  // channels; more of them cost the registers that hide latency
 
 // A thread walks kRun tokens of its channels, kAhead of them loaded before they are used; a block

@@ -84,6 +84,38 @@ def test_graph_replay_of_decode_with_other_slots():
         assert torch.equal(out, expected) and torch.equal(pool, expected_pool)
 
 
+def shifted(x):
+    """The same values, each row of the last dim one element behind a multiple of 16 bytes."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 16), float("nan"))
+    wide[..., 1 : 1 + x.shape[-1]] = x
+    return wide[..., 1 : 1 + x.shape[-1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("taps", [2, 3, 8])
+def test_decode_is_the_same_from_any_layout(taps, dtype):
+    """Where memory allows it several channels are read at once: equal to the last bit."""
+    arguments = inputs(5, 1, 136, taps, dtype)
+    arguments |= {n: arguments[n][:, 0] for n in ("x", "gate")}
+    arguments["conv_state"] = randn(7, 136, taps - 1, dtype=dtype, device="cuda")
+    slots = torch.tensor([6, -1, 0, 7, 3], device="cuda")
+
+    def step(moved=None):
+        values = arguments | {"conv_state": arguments["conv_state"].clone()}
+        if moved is not None:
+            values[moved] = shifted(values[moved])
+        out = based_ops.short_conv_decode(**values, activation="silu", state_indices=slots)
+        return out, values["conv_state"]
+
+    (expected, after), run = step(), [0, 1, 2, 4]
+    assert expected[run].isfinite().all() and not expected[1].any() and expected[3].isnan().all()
+    for name in arguments:
+        out, state = step(name)
+        assert torch.equal(out[run], expected[run]) and out[3].isnan().all()
+        assert torch.equal(state, after)
+
+
 @pytest.mark.parametrize("rows, seqlen, channels", [(70000, 1, 8), (1, 300_000, 8), (3, 5, 70_000)])
 def test_no_grid_limit(rows, seqlen, channels):
     arguments = {n: y.requires_grad_() for n, y in inputs(rows, seqlen, channels, 2).items()}

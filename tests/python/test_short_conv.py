@@ -367,9 +367,10 @@ def test_bad_cu_seqlens_on_a_gpu(bounds):
 
 
 @pytest.mark.ops("short_conv_decode")
+@pytest.mark.parametrize("taps", [2, 3, 5, 8])
 @pytest.mark.parametrize("batch, channels", [(1, 1), (3, 300), (130, 64)])
-def test_decode_of_many_rows(batch, channels, device, dtype):
-    arguments = make(batch, 1, channels, 3, dtype, device)
+def test_decode_of_many_rows(batch, channels, taps, device, dtype):
+    arguments = make(batch, 1, channels, taps, dtype, device)
     expected, after = oracle.short_conv(**{n: x.cpu() for n, x in arguments.items()})
     x, gate = (arguments.pop(n)[:, 0] for n in ("x", "gate"))
     state = arguments.pop("initial_state")
