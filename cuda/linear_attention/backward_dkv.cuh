@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 1) dkv_kernel(const __grid_constant_
   StateSlice<Tr> state;
   FeatureSums<Tr> sums;
   state.clear();
-  const float* suffix = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+  const float* suffix = a.workspace + place.index(a, seg.border) * kStateFloats<Tr>;
   if (!seg.last) state.load(suffix);
   if (a.final.kv != nullptr) {
     state.add_public(a.final, seg.sequence, head, first_v, valid, a.scale);

@@ -32,7 +32,7 @@ __device__ __forceinline__ void keep_suffix(DkvRoleSmem<Tr>& smem, const Argumen
   const int valid = min(kTileV, a.head_dim - first_v);
   StateSlice<Tr, 1> state;
   state.clear();
-  if (!seg.last) state.load(a.workspace + place.index(a, place.slot) * kStateFloats<Tr>);
+  if (!seg.last) state.load(a.workspace + place.index(a, seg.border) * kStateFloats<Tr>);
   if (a.final.kv != nullptr) {
     state.add_public(a.final, seg.sequence, head, first_v, valid, a.scale);
   }
@@ -63,7 +63,7 @@ __device__ __forceinline__ void keep_query_features(DkvRoleSmem<Tr>& smem, const
   const int length = int(seg.end - seg.begin);
   WeightedSums<Tr> sums(thread);
   if (!seg.last) {
-    const float* r = a.workspace + place.index(a, place.slot) * kStateFloats<Tr> + Tr::kF * kTileV;
+    const float* r = a.workspace + place.index(a, seg.border) * kStateFloats<Tr> + Tr::kF * kTileV;
     sums.for_all(lane, [&](int f, float& sum) { sum = r[f]; });
   }
   // Each tile of V adds its share of r to dk; the gradient of the final k_state goes with the

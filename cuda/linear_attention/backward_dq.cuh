@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, 1) dq_kernel(const __grid_constant__
   StateSlice<Tr> state;
   FeatureSums<Tr> sums;
   state.clear();
-  const float* prefix = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+  const float* prefix = a.workspace + place.index(a, seg.border - 1) * kStateFloats<Tr>;
   if (!seg.first) state.load(prefix);
   if (a.initial.kv != nullptr) {
     state.add_public(a.initial, seg.sequence, head, first_v, valid, a.scale);
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     mma_wait<0>(state.sum);
   }
   state.scale(1 / unit), sums.scale(1 / unit);
-  float* workspace = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+  float* workspace = a.workspace + place.index(a, seg.border - 1) * kStateFloats<Tr>;
   state.store(workspace);
   float* gZ = workspace + Tr::kF * kTileV;
   sums.for_each([&](int f, float value) { gZ[f] = value; });

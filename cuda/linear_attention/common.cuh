@@ -35,11 +35,12 @@ struct Arguments {
   int64_t cu_stride;
   int64_t seqlen, sequences;   // T; B or N
   int64_t segment, segments;   // tokens of a segment; slots of the grid (segments of all sequences)
+  int64_t borders;             // between two segments of a sequence: room for all of them
   int64_t per_sequence;        // slots of a sequence, without cu_seqlens
   int heads, head_dim, tiles;  // H, V, tiles of V
   float scale;
   bool normalize;
-  float* workspace;    // (segments, H, tiles): a state each, in the registers' order
+  float* workspace;    // (borders, H, tiles): a state each, in the registers' order
   float* inverse_den;  // (tiles, B, T, H): backward, 1 / den_t and delta_t of a tile
   float* delta;
   float* partial_dq;  // (tiles, B, T, H, D) where V takes several tiles, else null
@@ -51,6 +52,7 @@ struct Arguments {
 struct Segment {
   int64_t sequence, batch, begin, end;  // tokens [begin, end) of batch row `batch`
   int64_t before;                       // tokens of the sequence before this segment
+  int64_t border;                       // the border at its end; that at its start comes before
   bool first, last, exists;
 };
 
@@ -66,28 +68,39 @@ __device__ __forceinline__ int64_t first_slot(const Arguments& a, int64_t i) {
   return a.cu_seqlens == nullptr ? i * a.per_sequence : bound(a, i) / a.segment + i;
 }
 
+// First border of a sequence that has any. Packed, it has at most end / segment - begin / segment.
+__device__ __forceinline__ int64_t first_border(const Arguments& a, int64_t i) {
+  return a.cu_seqlens == nullptr ? i * (a.per_sequence - 1) : bound(a, i) / a.segment;
+}
+
 __device__ __forceinline__ Segment sequence_of(const Arguments& a, int64_t i) {
-  Segment s{i, i, 0, a.seqlen, 0, true, true, true};
+  Segment s{i, i, 0, a.seqlen, 0, 0, true, true, true};
   if (a.cu_seqlens != nullptr) {
     s.batch = 0, s.begin = bound(a, i), s.end = max(s.begin, bound(a, i + 1));
   }
   return s;
 }
 
-__device__ __forceinline__ Segment segment_of(const Arguments& a, int64_t slot) {
+// The last i < count for which below(i) holds, as it does for all before that; 0 if for none.
+template <class Below>
+__device__ __forceinline__ int64_t last_below(int64_t count, const Below& below) {
   int64_t i = 0;
-  if (a.cu_seqlens == nullptr) {
-    i = slot / a.per_sequence;
-  } else {
-    int64_t above = a.sequences;  // first_slot(i) <= slot < first_slot(above)
-    while (above - i > 1) {
-      const int64_t middle = (i + above) / 2;
-      (first_slot(a, middle) <= slot ? i : above) = middle;
-    }
+  while (count - i > 1) {
+    const int64_t middle = (i + count) / 2;
+    (below(middle) ? i : count) = middle;
   }
+  return i;
+}
+
+__device__ __forceinline__ Segment segment_of(const Arguments& a, int64_t slot) {
+  const int64_t i =
+      a.cu_seqlens == nullptr
+          ? slot / a.per_sequence
+          : last_below(a.sequences, [&](int64_t n) { return first_slot(a, n) <= slot; });
   Segment s = sequence_of(a, i);
   const int64_t index = slot - first_slot(a, i), length = s.end - s.begin;
   s.before = index * a.segment;
+  s.border = first_border(a, i) + index;
   s.exists = index >= 0 && (index == 0 || s.before < length);
   s.first = index == 0, s.last = s.before + a.segment >= length;
   s.begin += s.before;
@@ -95,7 +108,7 @@ __device__ __forceinline__ Segment segment_of(const Arguments& a, int64_t slot) 
   return s;
 }
 
-// The CTA's (slot, head, tile of V) and where its state lies in the workspace.
+// The CTA's (slot, head, tile of V) and where the state of a border lies in the workspace.
 struct Place {
   int64_t slot;
   int head, tile;
@@ -103,8 +116,8 @@ struct Place {
     const int64_t index = blockIdx.x, row = index / a.tiles;
     tile = int(index % a.tiles), head = int(row % a.heads), slot = row / a.heads;
   }
-  __device__ int64_t index(const Arguments& a, int64_t of_slot) const {
-    return (of_slot * a.heads + head) * a.tiles + tile;
+  __device__ int64_t index(const Arguments& a, int64_t border) const {
+    return (border * a.heads + head) * a.tiles + tile;
   }
 };
 

@@ -4,7 +4,7 @@
 //   then S += phi(k)^T v, z += sum phi(k).
 // Two warpgroups: each takes the outputs of 64 tokens and the state of one half of the features.
 // With several segments, increment_kernel first leaves each segment's sum in the workspace and
-// scan_kernel turns them into the sums before each segment.
+// scan_kernel turns them into the sums before each border of two segments.
 // Precision: S and z in fp32; every product has 16-bit operands (q, k, v, phi, w and copies of S
 // and z rounded once) and fp32 sums. The denominator is one more column of v (ones) and of S (z),
 // so that it adds the very weights that the numerator adds.
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   StateSlice<Tr> state;
   FeatureSums<Tr> sums;
   state.clear();
-  const float* prefix = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+  const float* prefix = a.workspace + place.index(a, seg.border - 1) * kStateFloats<Tr>;
   if (!seg.first) state.load(prefix);
   if (a.initial.kv != nullptr) {
     state.add_public(a.initial, seg.sequence, head, first_v, valid, a.scale);

@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kIncrementThreads, 1)
     if (!kGradient && turn == 0) sums.constant = float(length);  // of all three
     sums.for_all(lane, [&](int f, float& z) { sZ[f] = z; });
     __syncthreads();
-    float4* to =
-        reinterpret_cast<float4*>(a.workspace + place.index(a, place.slot) * kStateFloats<Tr>);
+    const int64_t border = kGradient ? seg.border - 1 : seg.border;
+    float4* to = reinterpret_cast<float4*>(a.workspace + place.index(a, border) * kStateFloats<Tr>);
     for (int i = threadIdx.x; i < int(kStateFloats<Tr> / 4); i += kIncrementThreads) {
       float4 sum = reinterpret_cast<const float4*>(smem.group[0].sums())[i];
       for (int g = 1; g < kIncrementGroups; ++g) {

@@ -52,14 +52,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     update_state<Tr>(state, sums, smem.v[stage], smem.phi, smem.k[stage]);
     mma_wait<0>(state.sum);
   }
-  float* workspace = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+  float* workspace = a.workspace + place.index(a, seg.border) * kStateFloats<Tr>;
   state.store(workspace);
   float* gZ = workspace + Tr::kF * kTileV;
   sums.for_each([&](int f, float value) { gZ[f] = value; });
 }
 
-// Each segment's sum becomes the sum of the segments before it (kReverse: after it) in its
-// sequence. One thread per four floats of a state and (sequence, head, tile).
+// The sequences that scan_kernel looks for: a border is the first of one at most.
+__host__ __device__ inline int64_t scanned(const Arguments& a) {
+  return a.cu_seqlens == nullptr ? a.sequences : a.borders;
+}
+
+// The sum of the segment before each border (kReverse: after it) becomes the sum of all segments of
+// its sequence before (after) it. One thread per four floats of a state and (sequence, head, tile).
 template <bool kReverse>
 __global__ void __launch_bounds__(256)
     scan_kernel(const __grid_constant__ Arguments a, int state_quads, int blocks_per_state) {
@@ -67,25 +72,31 @@ __global__ void __launch_bounds__(256)
   const int64_t index = blockIdx.x / blocks_per_state;
   const int element = int(blockIdx.x % blocks_per_state) * 256 + threadIdx.x;
   if (element >= state_quads) return;
-  const int64_t per_slot = int64_t(a.heads) * a.tiles;
-  const int64_t sequence = index / per_slot, row = index % per_slot;
+  const int64_t per_border = int64_t(a.heads) * a.tiles;
+  const int64_t row = index % per_border;
+  const int64_t searched = index / per_border;  // a sequence, or packed a border
+  const int64_t sequence =
+      a.cu_seqlens == nullptr
+          ? searched
+          : last_below(a.sequences, [&](int64_t i) { return first_border(a, i) <= searched; });
+  const int64_t first = first_border(a, sequence);
+  if (a.cu_seqlens != nullptr && first != searched) return;
   const Segment all = sequence_of(a, sequence);
-  const int64_t count = max(int64_t(1), (all.end - all.begin + a.segment - 1) / a.segment);
-  const int64_t slot = first_slot(a, sequence) + (kReverse ? count - 1 : 0);
-  const int64_t stride = (kReverse ? -per_slot : per_slot) * state_quads;
-  float4* at =
-      reinterpret_cast<float4*>(a.workspace) + (slot * per_slot + row) * state_quads + element;
+  const int64_t count = (all.end - all.begin - 1) / a.segment;  // of its borders
+  const int64_t stride = (kReverse ? -per_border : per_border) * state_quads;
+  float4* at = reinterpret_cast<float4*>(a.workspace) +
+               ((first + (kReverse ? count - 1 : 0)) * per_border + row) * state_quads + element;
   float4 sum = {0, 0, 0, 0};
   for (int64_t s = 0; s < count; s += kAhead) {
     float4 own[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {  // the last one's sum is never needed, nor written
-      own[i] = s + i + 1 < count ? at[i * stride] : float4{0, 0, 0, 0};
+    for (int i = 0; i < kAhead; ++i) {
+      own[i] = s + i < count ? at[i * stride] : float4{0, 0, 0, 0};
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (s + i < count) at[i * stride] = sum;
       sum.x += own[i].x, sum.y += own[i].y, sum.z += own[i].z, sum.w += own[i].w;
+      if (s + i < count) at[i * stride] = sum;
     }
     at += kAhead * stride;
   }

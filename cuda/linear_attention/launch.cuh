@@ -129,13 +129,11 @@ inline void set_segments(Arguments& a, const LinearAttentionParams& p, int64_t s
   a.segments = a.cu_seqlens == nullptr ? a.sequences * a.per_sequence
                : a.sequences == 0      ? 0
                                        : seqlen / a.segment + a.sequences;
+  a.borders = a.cu_seqlens == nullptr ? a.sequences * (a.per_sequence - 1)
+              : a.sequences == 0      ? 0
+                                      : seqlen / a.segment;
   a.scale = float(p.scale);
   a.normalize = p.normalize;
-}
-
-// Whether some sequence may have more than one segment.
-inline bool is_cut(const Arguments& a) {
-  return a.segments > a.sequences || a.cu_seqlens != nullptr;
 }
 
 inline Status too_large(const char* op) {
@@ -211,7 +209,7 @@ Status launch_increments(const char* op, const Arguments& a, Stream stream) {
 template <class Tr, bool kReverse>
 Status launch_scan(const char* op, const Arguments& a, Stream stream) {
   const int quads = int(kStateFloats<Tr> / 4), blocks = (quads + 255) / 256;
-  return launch(op, scan_kernel<kReverse>, a.sequences * a.heads * a.tiles * blocks, 256, 0, stream,
+  return launch(op, scan_kernel<kReverse>, scanned(a) * a.heads * a.tiles * blocks, 256, 0, stream,
                 a, quads, blocks);
 }
 

@@ -11,7 +11,7 @@ namespace {
 
 using namespace linear;
 
-// The workspace, in this order: a state per (slot, head, tile); 1 / den and delta of every token;
+// The workspace, in this order: a state per (border, head, tile); 1 / den and delta of every token;
 // shares of dq, dk where V takes several tiles; shares of the initial k_state's gradient.
 struct Layout {
   int64_t states, scalars, gradient, r;  // floats
@@ -42,7 +42,7 @@ Arguments arguments_of(const LinearAttentionBackwardParams& p) {
 template <class Tr>
 Layout layout_of(const LinearAttentionBackwardParams& p, const Arguments& a) {
   const int64_t tokens = p.q.size[0] * p.q.size[1] * p.q.size[2] * a.tiles;
-  return {is_cut(a) ? a.segments * a.heads * a.tiles * kStateFloats<Tr> : 0, tokens,
+  return {a.borders * a.heads * a.tiles * kStateFloats<Tr>, tokens,
           a.tiles > 1 ? tokens * Tr::D : 0,
           a.dinitial.kv != nullptr ? a.sequences * a.heads * a.tiles * int64_t(Tr::kF) : 0};
 }
@@ -66,7 +66,7 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
   };
 
   const int64_t blocks = a.segments * a.heads * a.tiles;
-  const bool cut = is_cut(a);
+  const bool cut = a.borders > 0;
   Status status;
   if (a.tiles > 1) {
     status =

@@ -9,8 +9,7 @@ namespace {
 
 using namespace linear;
 
-// The cut of a call; its workspace holds a state for every (slot, head, tile) unless no sequence is
-// cut.
+// The cut of a call; its workspace holds a state for every (border, head, tile).
 Arguments arguments_of(const LinearAttentionParams& p) {
   Arguments a{};
   set_segments(a, p, multiprocessors(), 0.5, 64);
@@ -23,7 +22,7 @@ Arguments arguments_of(const LinearAttentionParams& p) {
 template <class Tr>
 int64_t workspace_bytes(const LinearAttentionParams& p) {
   const Arguments a = arguments_of(p);
-  return is_cut(a) ? a.segments * a.heads * a.tiles * kStateFloats<Tr> * int64_t(sizeof(float)) : 0;
+  return a.borders * a.heads * a.tiles * kStateFloats<Tr> * int64_t(sizeof(float));
 }
 
 template <class Tr>
@@ -32,7 +31,7 @@ Status run(const char* op, const LinearAttentionParams& p, void* workspace, Stre
   a.workspace = static_cast<float*>(workspace);
   const int64_t blocks = a.segments * a.heads * a.tiles;
   Status status;
-  if (is_cut(a)) {
+  if (a.borders > 0) {
     status = launch_increments<Tr>(op, a, stream);
     if (status.ok()) status = launch_scan<Tr, false>(op, a, stream);
   }

@@ -159,7 +159,7 @@ __device__ __forceinline__ void keep_state(Ring& ring, const Arguments& a, const
   state.clear();
   sums.scale = a.scale;
   if (!seg.first) {
-    const float* prefix = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
+    const float* prefix = a.workspace + place.index(a, seg.border - 1) * kStateFloats<Tr>;
     state.load(prefix);
     sums.moments.for_each([&](int f, float& z) { z = prefix[Tr::kF * kTileV + f]; });
     sums.count = prefix[Tr::kF * kTileV + Tr::kConstant];

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import based_ops
 import oracle
-from support import TOLERANCE, assert_close, error, flatten, randn
+from support import TOLERANCE, assert_close, error, expanded_dim, flatten, randn
 from test_linear_attention import check_call, make, make_state, op
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -35,6 +36,23 @@ def test_segments(feature_dim, dtype, bounds, normalize):
     state = make_state(rows, 1, feature_dim, 64, dtype, "cuda")
     tensors = make(1, 5000, 1, feature_dim, 64, dtype, "cuda")
     check_call(tensors, dtype, state, normalize=normalize, **options)
+
+
+@pytest.mark.parametrize("feature_dim, dtype", [(16, BF16), (8, F16), (24, BF16)])
+def test_long_sequences_among_short_ones(feature_dim, dtype):
+    """Only sequences that are cut need room for states: 600 of these are not, three are."""
+    lengths = torch.randint(0, 9, (600,))
+    lengths[[0, 300, 599]] = torch.tensor([1500, 2000, 700])
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to("cuda")
+    tensors = make(1, int(bounds[-1]), 2, feature_dim, 64, dtype, "cuda")
+    check_call(tensors, dtype, cu_seqlens=bounds)
+    with torch.no_grad():
+        based_ops.linear_attention(*tensors, cu_seqlens=bounds)  # whatever is allocated once
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = based_ops.linear_attention(*tensors, cu_seqlens=bounds)
+    state = 4 * 2 * 65 * expanded_dim(feature_dim)  # of a sequence
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes + 100 * state
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
