@@ -71,7 +71,8 @@ def process_group() -> Iterator[Ranks]:
     if "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
-    if torch.cuda.is_available():
+    # With fewer GPUs than processes here, these can only work on the CPU.
+    if 0 < int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
