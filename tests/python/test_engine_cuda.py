@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from based_model import PRESETS, Based, Engine, ModelConfig, Sampling
+from based_model.sampling import Draws, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -151,6 +152,23 @@ def test_steps_on_cuda_do_not_wait_for_the_host():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(a.tokens == b.tokens for a, b in zip(warm, requests, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("rows", [1, 128])
+def test_a_draw_on_cuda_is_the_one_on_the_cpu(rows, restricted):
+    """Of any row, with its own sampling; no two scores are within a rounding error here."""
+    logits = 3 * torch.randn(rows, 50257)
+    draws = Draws.greedy(rows, torch.device("cpu"))
+    for row in range(rows):
+        limits = {"top_k": row % 3 * 20, "top_p": 0.9 if row % 2 else 1.0} if restricted else {}
+        draws.set(row, Sampling(temperature=row % 5 * 0.4, **limits), 2**62 - 2**50 * row)
+    positions = torch.randint(10**6, (rows,))
+    expected = sample(logits, draws, positions, restricted)
+    on_gpu = Draws(*(x.cuda() for x in draws.tensors()))
+    got = sample(logits.cuda(), on_gpu, positions.cuda(), restricted)
+    assert torch.equal(got.cpu(), expected)
 
 
 def test_command_line_on_cuda_writes_what_it_writes_on_the_cpu(tmp_path, capsys):
