@@ -184,10 +184,19 @@ def test_command_line_on_cuda_writes_what_it_writes_on_the_cpu(tmp_path, capsys)
     model.embedding.weight[127:] *= 0.01
     run_folder = save_checkpoint(tmp_path / "run", 1, model).parent
     texts = []
-    for device in ("cpu", "cuda"):
-        settings = {"checkpoint": run_folder, "prompt": ("def f", "a"), "temperature": 0.0}
-        run(GenerateConfig(**settings, samples=2, max_new_tokens=40, device=device))
+    for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        settings = {"checkpoint": run_folder, "temperature": 0.0, "samples": 2}
+        first = {"prompt": ("def f", "a"), "device": device, "save_state": tmp_path / device}
+        run(GenerateConfig(**settings, **first, max_new_tokens=40))
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and "----- continuation 2" in texts[0]
-    run(GenerateConfig(**settings, max_new_tokens=40, device="cuda", precision="bf16"))
-    assert "===== prompt 2" in capsys.readouterr().out
+        rest = {"prompt": ("(x)", "b"), "device": other, "load_state": tmp_path / device}
+        run(GenerateConfig(**settings, **rest, max_new_tokens=40))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2] and "----- continuation 2" in texts[0]
+    assert texts[1] == texts[3] and texts[1].startswith("===== prompt 1\n(x)\n")
+    run(
+        GenerateConfig(
+            **settings, prompt=("a",), max_new_tokens=40, device="cuda", precision="bf16"
+        )
+    )
+    assert "----- continuation 2" in capsys.readouterr().out

@@ -16,6 +16,11 @@ from based_model.state_file import Prefix, load_prefix, save_prefix
 from based_model.text import SEPARATOR, ByteText
 from training import one_thread_fixture  # noqa: F401
 
+pytestmark = pytest.mark.ops(
+    *("linear_attention", "sliding_window_attention", "short_conv"),
+    *("linear_attention_decode", "sliding_window_decode", "short_conv_decode"),
+)
+
 TINY = ModelConfig(
     layers=("conv", "linear", "window"),
     d_model=16,
@@ -37,16 +42,16 @@ BASED_PATTERNS = [layers for layers in PATTERNS if "attention" not in layers]
 GREEDY = Sampling(temperature=0.0)
 
 
-def tiny_model(layers=TINY.layers, dtype=torch.float32, **changes) -> Based:
+def tiny_model(layers=TINY.layers, dtype=torch.float32, device="cpu", **changes) -> Based:
     torch.manual_seed(0)
     model = Based(dataclasses.replace(TINY, layers=layers, **changes))
     for p in model.parameters():  # away from the small initial values, where all logits are alike
         torch.nn.init.normal_(p, std=0.3)
-    return model.to(dtype).requires_grad_(False)
+    return model.to(device, dtype).requires_grad_(False)
 
 
-def prompts_of(*lengths):
-    return [torch.randint(1, TINY.vocab_size, (length,)) for length in lengths]
+def prompts_of(*lengths, device="cpu"):
+    return [torch.randint(1, TINY.vocab_size, (length,)).to(device) for length in lengths]
 
 
 def continued(model, prefix, count, sampling=GREEDY, seed=0):
@@ -59,12 +64,12 @@ def tensors_of(prefix: Prefix):
     return [prefix.logits, prefix.state.positions, *sum(prefix.state.layers, ())]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
 @pytest.mark.parametrize("lengths", [(7,), (1,), (3, 1, 9)], ids=str)
-def test_a_loaded_state_continues_exactly(tmp_path, layers, dtype, lengths):
-    model = tiny_model(layers, dtype)
-    prefix = read_prompts(model, prompts_of(*lengths))
+def test_a_loaded_state_continues_exactly(tmp_path, layers, weights, lengths, device):
+    model = tiny_model(layers, weights, device)
+    prefix = read_prompts(model, prompts_of(*lengths, device=device))
     save_prefix(tmp_path / "state", prefix, model)
     loaded = load_prefix(tmp_path / "state", model)
     for x, y in zip(tensors_of(loaded), tensors_of(prefix), strict=True):
@@ -77,9 +82,9 @@ def test_a_loaded_state_continues_exactly(tmp_path, layers, dtype, lengths):
 
 
 @pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
-def test_stopping_at_any_token_changes_nothing(tmp_path, layers):
-    model = tiny_model(layers)
-    prefix = read_prompts(model, prompts_of(4, 6))
+def test_stopping_at_any_token_changes_nothing(tmp_path, layers, device):
+    model = tiny_model(layers, device=device)
+    prefix = read_prompts(model, prompts_of(4, 6, device=device))
     expected = continued(model, prefix, 12)
     for stop in range(1, 12, 5):
         moving = prefix.fork(1)
@@ -92,21 +97,21 @@ def test_stopping_at_any_token_changes_nothing(tmp_path, layers):
 
 
 @pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
-def test_forks_are_equal_and_independent(layers):
-    model = tiny_model(layers)
-    prefix = read_prompts(model, prompts_of(4, 9))
+def test_forks_are_equal_and_independent(layers, device):
+    model = tiny_model(layers, device=device)
+    prefix = read_prompts(model, prompts_of(4, 9, device=device))
     before = [x.clone() for x in tensors_of(prefix)]
     forks = prefix.fork(3)
     expected = continued(model, prefix, 10).repeat_interleave(3, 0)
     assert torch.equal(continued(model, forks, 10), expected)
 
     # Different tokens into every row: none touches another row or the original.
-    first = torch.arange(1, 7)
+    first = torch.arange(1, 7, device=device)
     logits = model.decode(first, forks.state)
     assert all(torch.equal(x, y) for x, y in zip(tensors_of(prefix), before, strict=True))
     for row, token in enumerate(first):
         alone = prefix.fork(1)
-        expected = model.decode(torch.full((2,), token), alone.state)[row // 3]
+        expected = model.decode(token.expand(2), alone.state)[row // 3]
         torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -197,17 +202,18 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
     assert file.read_bytes() == before
 
 
+@torch.no_grad()
 def drawn(logits, rows=1, position=5, **settings):
     """One token for each of so many seeds."""
-    draws = Draws.greedy(rows, "cpu")
+    draws = Draws.greedy(rows, logits.device)
     for row in range(rows):
         draws.set(row, Sampling(**settings), row)
     restricted = Sampling(**settings).restricted
-    return sample(logits, draws, torch.full((rows,), position), restricted)
+    return sample(logits, draws, torch.full_like(draws.seed, position), restricted)
 
 
-def test_sampling_restricts_the_support():
-    probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
+def test_sampling_restricts_the_support(device):
+    probs = torch.tensor([0.1, 0.5, 0.15, 0.25], device=device)
     logits = probs.log().expand(4000, 4)
 
     def shares(**settings):
@@ -230,10 +236,11 @@ def test_sampling_restricts_the_support():
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (1, 1.0), (7, 1.0), (100, 0.9), (3, 0.3)])
-def test_the_support_is_the_one_that_sorting_gives(top_k, top_p):
+@torch.no_grad()
+def test_the_support_is_the_one_that_sorting_gives(top_k, top_p, device):
     from based_model.sampling import _least
 
-    logits, row = 3 * torch.randn(20, 257), torch.ones(20, 1)
+    logits, row = 3 * torch.randn(20, 257, device=device), torch.ones(20, 1, device=device)
     probs = logits.softmax(-1)
     kept = probs >= _least(probs, top_k * row.long(), top_p * row)
     probs, order = logits.double().softmax(-1).sort(-1, descending=True)
@@ -263,18 +270,18 @@ def test_noise_is_uniform_and_has_no_pattern():
     assert not torch.equal(*_gumbel(large, torch.ones_like(large), 50))
 
 
-def test_greedy_generation_follows_the_full_forward_for_every_prompt():
-    model, prompts = tiny_model(), prompts_of(3, 1, 12)
+def test_greedy_generation_follows_the_full_forward_for_every_prompt(device):
+    model, prompts = tiny_model(device=device), prompts_of(3, 1, 12, device=device)
     steps = generate.generate(model, prompts, 10, GREEDY)
-    for prompt, row in zip(prompts, torch.tensor(list(steps)).T, strict=True):
+    for prompt, row in zip(prompts, torch.tensor(list(steps), device=device).T, strict=True):
         text = prompt
         for token in row:
             assert model(text[None])[0, -1].argmax() == token
             text = torch.cat([text, token[None]])
 
 
-def test_streamed_text_is_seeded_and_ends_with_its_file():
-    model = tiny_model()
+def test_streamed_text_is_seeded_and_ends_with_its_file(device):
+    model = tiny_model(device=device)
 
     def text(seed, prompt="é", sampling=Sampling()):
         return "".join(generate.stream_text(model, ByteText(), prompt, 30, sampling, seed))
@@ -293,10 +300,10 @@ def test_bad_sampling_settings_are_named_errors(changes, tmp_path):
         generate.GenerateConfig(checkpoint=tmp_path, **changes)
 
 
-def test_each_text_ends_with_its_own_separator():
-    model = tiny_model()
+def test_each_text_ends_with_its_own_separator(device):
+    model, sampling = tiny_model(device=device), Sampling(temperature=1.0)
     model.norm.weight[:] = 0.0  # all logits are 0: bytes at random
-    prefix, sampling = read_prompts(model, prompts_of(2)).fork(40), Sampling(temperature=1.0)
+    prefix = read_prompts(model, prompts_of(2, device=device)).fork(40)
     rows = continued(model, prefix, 120, sampling, seed=3).tolist()
     ends = [row.index(SEPARATOR) if SEPARATOR in row else None for row in rows]
     assert None in ends and len(set(ends)) > 5
