@@ -47,7 +47,7 @@ def test_bad_argument(op, changes, argument, expected, got):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 @pytest.mark.parametrize("op", CASES)
-def test_device_mix(op):
+def test_mix_of_cpu_and_cuda_tensors(op):
     valid = arguments(op)
     names = [n for n, x in valid.items() if isinstance(x, torch.Tensor)]
     names.remove("pending_k" if op == "linear_attention_fold" else names[0])  # fixes the device
