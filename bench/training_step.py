@@ -1,10 +1,15 @@
-"""One optimizer step of a preset, as based_model.train makes it with --compile --precision bf16."""
+"""One optimizer step of a preset, made by based_model.train with --compile --precision bf16."""
 
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from based_model import PRESETS, Based
-from based_model.optim import build_optimizer
+from based_model import PRESETS
+from based_model.settings import TrainConfig
+from based_model.trainer import Trainer
 
 # Of a Transformer: the first that takes the shape.
 ATTENTIONS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -12,30 +17,34 @@ PEAK_FLOP_S = 989e12  # dense bf16 of an H100 or H200 SXM, from its data sheet
 
 
 class Step:
-    """The step of a cell of end_to_end.py, compiled and run twice: the moments are there too."""
+    """The step of a cell of end_to_end.py, on random tokens. It has been compiled and run twice."""
 
     def __init__(self, cell):
-        torch._dynamo.config.recompile_limit = 64
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            self.model = Based(PRESETS[cell.model])
-            sizes = (2, cell.batch, cell.length)
-            self.inputs, self.targets = torch.randint(self.model.config.vocab_size, sizes)
-        self.model.compile_training()
-        self.optimizer = build_optimizer(self.model, 0.1, (0.9, 0.95))
+        self.tokens = cell.batch * cell.length
+        vocab_size, rng = PRESETS[cell.model].vocab_size, np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "tokens.bin"
+            rng.integers(vocab_size, size=2 * self.tokens, dtype=np.uint16).tofile(data)
+            config = TrainConfig(
+                data=(data,),
+                preset=cell.model,
+                batch_size=cell.batch,
+                seqlen=cell.length,
+                lr=1e-4,
+                precision="bf16",
+                device="cuda",
+                compile=True,
+            )
+            with torch.device("cuda"):  # random weights are made there, in less time
+                self.trainer = Trainer(config)
         for _ in range(2):
             self()
 
     def __call__(self):
-        self.optimizer.zero_grad()
         with sdpa_kernel(ATTENTIONS, set_priority=True):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = self.model(self.inputs, targets=self.targets)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+            self.trainer.training_step()
 
     def mfu(self, milliseconds: float) -> float:
         """By 6 FLOP a parameter and token."""
-        flop = 6 * sum(p.numel() for p in self.model.parameters()) * self.inputs.numel()
+        flop = 6 * sum(p.numel() for p in self.trainer.model.parameters()) * self.tokens
         return flop / PEAK_FLOP_S / milliseconds * 1e3

@@ -85,16 +85,16 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad()
         inputs, targets = self._checked(*next(self.batches))
-        loss = 0.0
+        losses = []
         parts = zip(inputs.split(self._part_size), targets.split(self._part_size), strict=True)
         for i, part in enumerate(parts):
             # Equal parts: the mean of their means is the batch's.
             with backward_of_part(self.module, last=i + 1 == config.accumulate):
                 part_loss = self.loss(*part) / config.accumulate
                 part_loss.backward()
-            loss += part_loss.item()
-        loss = self.ranks.sum(loss) / self.ranks.count
+            losses.append(part_loss.detach())
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
+        loss = self.ranks.sum(sum(x.item() for x in losses)) / self.ranks.count
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._report_non_finite(loss, norm, lr))
         self.optimizer.step()
