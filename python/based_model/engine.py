@@ -200,22 +200,24 @@ class Engine:
             for target, source in zip(targets, sources):  # rings of no token are left as they are
                 if mixer == "attention":
                     target[slot, : request.length] = source[0, : request.length]
-                    target[slot, request.length :] = 0
+                    target[slot, request.length :].zero_()
                 else:
                     target[slot] = source[0]
         self.state.positions[slot] = state.positions[0]
         if self.state.fill is not None:
-            self.state.fill[slot] = 0
+            self.state.fill[slot].zero_()
         self.tokens[slot] = token[0]
         self._occupy(slot, request)
 
     def _occupy(self, slot: int, request: Request):
-        self.rows[slot], request.slot, self.indices[slot] = request, slot, slot
+        self.rows[slot], request.slot = request, slot
+        self.indices[slot].fill_(slot)  # to assign a number would wait for the GPU
 
     def _leave(self, request: Request):
         """Frees its slot, if it has one. What is on its way to the host is still returned."""
         if request.slot is not None:
-            self.rows[request.slot], self.indices[request.slot] = None, -1
+            self.rows[request.slot] = None
+            self.indices[request.slot].fill_(-1)
             request.slot = None
 
     def _shrink(self, count: int):

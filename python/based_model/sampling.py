@@ -64,8 +64,9 @@ class Draws:
 
     def set(self, row: int, sampling: Sampling, seed: int):
         """Writes one row; on a GPU nothing waits."""
-        self.temperature[row], self.top_k[row] = sampling.temperature, sampling.top_k
-        self.top_p[row], self.seed[row] = sampling.top_p, seed
+        values = sampling.temperature, sampling.top_k, sampling.top_p, seed
+        for x, value in zip(self.tensors(), values, strict=True):
+            x[row].fill_(value)  # to assign the number would wait
 
 
 def sample(logits: Tensor, draws: Draws, positions: Tensor, restricted: bool) -> Tensor:
