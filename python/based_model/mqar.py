@@ -10,6 +10,7 @@ rate of a model counts. The recipe and the published points are those of the Bas
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -48,9 +49,9 @@ class MqarConfig(RunConfig):
     out: Path = Path("runs/mqar.jsonl")
     # The figure; default: beside the results.
     plot: Path | None = None
-    # Where to train: cpu, cuda, cuda:1 ...
-    device: str = "cpu"
-    # Runs side by side on the device.
+    # Where to train: cpu, cuda, cuda:1 ...; several share the runs.
+    device: tuple[str, ...] = ("cpu",)
+    # Runs side by side on a device.
     parallel: int = 1
     # On a GPU: capture the steps in CUDA graphs; without, for looking at what goes wrong.
     graphs: bool = True
@@ -164,19 +165,24 @@ def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
     started = time.perf_counter()
     rivalry = Rivalry(config, results)
     waiting = deque(run for run in config.runs() if not results.has(run))
-    data = {}
+
+    @functools.cache
+    def examples(tasks: str, seed: int, device: str):
+        if device == "cpu":
+            return generate_all(TASKS[tasks], seed)
+        return tuple([part.to(device) for part in half] for half in examples(tasks, seed, "cpu"))
 
     def start(run: RunConfig) -> tuple[Run, Iterator[None]]:
-        key = (run.tasks, run.seed)
-        if key not in data:
-            data[key] = generate_all(TASKS[run.tasks], run.seed, config.device)
-        run = Run(run, *data[key], config.device, config.graphs)
+        used = [str(other.device) for other, _ in active]
+        device = min(devices, key=used.count)
+        run = Run(run, *examples(run.tasks, run.seed, device), device, config.graphs)
         return run, run.work()
 
+    devices = [str(torch.device(device)) for device in config.device]
     active: list[tuple[Run, Iterator[None]]] = []
     with tqdm(total=sum(run.epochs for run in waiting), unit="epoch", smoothing=0.1) as bar:
         while waiting or active:
-            while waiting and len(active) < config.parallel:
+            while waiting and len(active) < config.parallel * len(devices):
                 if rivalry.hopeless(waiting[0], 0, 0.0):
                     bar.write(f"{waiting[0].name()}: left out, another learning rate is enough")
                     bar.update(waiting.popleft().epochs)
@@ -223,10 +229,11 @@ def mqar(config: MqarConfig) -> list[dict]:
     """Runs, prints the best of each model and draws the figure; returns all results."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    try:
-        torch.empty(0, device=config.device)
-    except (AssertionError, RuntimeError) as error:  # what torch raises where there is no such GPU
-        raise ConfigError(f"device: expected one that torch has, got {config.device}") from error
+    for device in config.device:
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:  # torch's where there is no such GPU
+            raise ConfigError(f"device: expected one that torch has, got {device}") from error
     started = time.perf_counter()
     results = Results(config.out)
     with StopSignal() as stop:

@@ -128,13 +128,10 @@ def generate(task: Task, vocab_size: int, seed: int) -> Examples:
     return Examples(tokens, positions, values)
 
 
-def generate_all(tasks: TaskSet, seed: int, device: str) -> tuple[list[Examples], list[Examples]]:
+def generate_all(tasks: TaskSet, seed: int) -> tuple[list[Examples], list[Examples]]:
     """Training and test examples, one entry for each task."""
     train, test = (
-        [
-            generate(task, tasks.vocab_size, 1000 * seed + first + i).to(device)
-            for i, task in enumerate(part)
-        ]
+        [generate(task, tasks.vocab_size, 1000 * seed + first + i) for i, task in enumerate(part)]
         for first, part in ((0, tasks.train), (500, tasks.test))
     )
     return train, test

@@ -10,6 +10,7 @@ S state_dim. States are counted in elements of one sequence.
 
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -37,26 +38,47 @@ class Embed(torch.autograd.Function):
         return dweight.to(dout.dtype), None
 
 
-class AnswerLoss(torch.autograd.Function):
-    """Mean cross-entropy of softmax(x weight^T): x (N, d), weight (V, d), answers (N,) -> ().
+def compiled_for_rows(function: Callable) -> Callable:
+    """function of tensors (N, ...); on a GPU by torch.compile, once for all N."""
+    compiled = torch.compile(function, fullgraph=True)
 
-    Holds one (N, V) tensor, the probabilities, in x's dtype; the softmax is computed in fp32.
-    """
+    @wraps(function)
+    def call(*args):
+        if not args[0].is_cuda:
+            return function(*args)
+        for x in args:
+            if isinstance(x, Tensor):
+                torch._dynamo.mark_dynamic(x, 0)
+                torch._dynamo.mark_static(x, list(range(1, x.ndim)))
+        with torch._dynamo.config.patch(recompile_limit=64):  # widths, dtypes, training or not
+            return compiled(*args)
 
-    @staticmethod
-    def forward(ctx, x, weight, answers):
-        probabilities = torch.softmax(x @ weight.T, -1)
-        ctx.save_for_backward(x, weight, probabilities, answers)
-        picked = probabilities.gather(1, answers[:, None]).float()
-        return -picked.clamp_min(1e-30).log().mean()
+    return call
 
-    @staticmethod
-    def backward(ctx, dloss):
-        x, weight, dlogits, answers = ctx.saved_tensors  # from here on the probabilities' place
-        minus_one = dlogits.new_full((1, 1), -1).expand(len(answers), 1)
-        dlogits.scatter_add_(1, answers[:, None], minus_one)
-        scale = (dloss / len(answers)).to(x.dtype)
-        return (dlogits @ weight) * scale, dlogits.T @ (x * scale), None
+
+Affine = tuple[Tensor, Tensor]  # a LayerNorm's weight and bias, (d,) each
+
+
+@compiled_for_rows
+def normalize(x: Tensor, norm: Affine) -> Tensor:
+    """LayerNorm of x (N, d)."""
+    return F.layer_norm(x, norm[0].shape, *norm)
+
+
+@compiled_for_rows
+def join(x: Tensor, update: Tensor, mlp: Affine | None, norm: Affine) -> tuple[Tensor, Tensor]:
+    """The residual stream (N, d) after a mixer's update and the identity MLP, if there is one, and
+    its LayerNorm for the next mixer."""
+    x = x + update
+    if mlp is not None:
+        x = x + F.layer_norm(x, mlp[0].shape, *mlp)
+    return x, F.layer_norm(x, norm[0].shape, *norm)
+
+
+@compiled_for_rows
+def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, V), in fp32."""
+    return F.cross_entropy(logits.float(), answers)
 
 
 class Linear(nn.Module):
@@ -168,18 +190,6 @@ def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(product, n=2 * seqlen)[..., :seqlen]
 
 
-class Norm(nn.LayerNorm):
-    """LayerNorm with its scale and shift apart from it.
-
-    For narrow inputs torch computes the gradients of both on as many multiprocessors of a GPU as
-    32 goes into the width; apart, they are ordinary sums.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalized = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        return torch.addcmul(self.bias, normalized, self.weight)
-
-
 class RecallModel(nn.Module):
     """tokens (B, L) and the positions that ask (B, K) -> predictions there.
 
@@ -198,9 +208,9 @@ class RecallModel(nn.Module):
         self.dropout = dropout
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.mixers = nn.ModuleList(mixers)
-        self.norms = nn.ModuleList(Norm(d_model) for _ in mixers)
-        self.mlp_norms = nn.ModuleList(Norm(d_model) for _ in mixers if identity_mlp)
-        self.norm = Norm(d_model)
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in mixers)
+        self.mlp_norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in mixers if identity_mlp)
+        self.norm = nn.LayerNorm(d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for mixer in mixers:
             # Linear layers of the mixers above; those of others, deeper down, know their own.
@@ -223,14 +233,21 @@ class RecallModel(nn.Module):
         def asked(x: Tensor) -> Tensor:
             return x.gather(1, index)
 
+        def affine(norm: nn.LayerNorm) -> Affine:
+            return norm.weight, norm.bias
+
         x = F.dropout(Embed.apply(self.embedding.weight, tokens), self.dropout, self.training)
-        for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
+        normed = normalize(x.flatten(0, 1), affine(self.norms[0])).view_as(x)
+        last = len(self.mixers) - 1
+        for i, mixer in enumerate(self.mixers):
             # After the last mixer only the asked positions are of use.
-            select = asked if i + 1 == len(self.mixers) else lambda y: y
-            x = select(x) + mixer(norm(x), select)
-            if len(self.mlp_norms):
-                x = x + self.mlp_norms[i](x)
-        return self.norm(x)
+            select = asked if i == last else lambda y: y
+            x, update = select(x), mixer(normed, select)
+            mlp = affine(self.mlp_norms[i]) if len(self.mlp_norms) else None
+            norm = affine(self.norm if i == last else self.norms[i + 1])
+            rows = join(x.flatten(0, 1), update.flatten(0, 1), mlp, norm)
+            x, normed = (y.view(update.shape) for y in rows)
+        return normed
 
     def loss(self, tokens: Tensor, positions: Tensor, answers: Tensor) -> Tensor:
         """Mean cross-entropy of the answers, in nats; fp32."""
@@ -239,7 +256,7 @@ class RecallModel(nn.Module):
         if torch.is_autocast_enabled(device):
             x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
         with torch.autocast(device, enabled=False):
-            return AnswerLoss.apply(x, weight, answers.flatten())
+            return answer_loss(x @ weight.T, answers.flatten())
 
     def predict(self, tokens: Tensor, positions: Tensor, rows: int = 16384) -> Tensor:
         """The likeliest token at each position, (B, K) int64; rows bounds the logits in memory."""

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ SIZES = {
     "window": ("window",),
     "h3": ("state_dim",),
 } | {name: rival.sizes for name, rival in RIVALS.items()}
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,8 @@ def build_model(config: RunConfig) -> RecallModel:
 class Run:
     """One training. work() does it a step at a time; record() says what has come of it.
 
-    On a GPU every shape's step is captured in a CUDA graph the second time it comes up, and all
-    goes to a stream of its own: work() of several runs side by side fills the GPU.
+    On a GPU every shape's step and the test are captured in CUDA graphs the second time they come
+    up, and all goes to a stream of its own: work() of several runs side by side fills the GPU.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Run:
             )
             self.loss_sum = torch.zeros((), device=self.device)
             self.steps = [self._make_step(examples) for examples in train]
+            self.evaluate = self._captured(self._evaluate)
 
     def work(self) -> Iterator[None]:
         """Trains; yields wherever another run may go on. The device works ahead of this."""
@@ -171,7 +174,7 @@ class Run:
                     self.steps[task](rows)
                 yield
             with self._on_stream():
-                results = self._evaluate()
+                results = self.evaluate()
                 results = torch.stack((*results, self.loss_sum / len(batches)))
                 results = results.to("cpu", non_blocking=True)
                 done = torch.cuda.Event() if self.cuda else None
@@ -233,33 +236,42 @@ class Run:
             self.weights.copy_(self.master.detach())
         self.loss_sum += loss.detach()
 
-    def _make_step(self, examples: Examples):
+    def _captured(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """work; on a GPU captured in a CUDA graph at the second call."""
+        graph, calls, result = None, 0, None
+
+        def call():
+            nonlocal graph, calls, result
+            calls += 1
+            if not self.graphs or calls == 1:
+                return work()
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                result = work()
+                graph.capture_end()
+            graph.replay()
+            return result
+
+        return call
+
+    def _make_step(self, examples: Examples) -> Callable[[Tensor], None]:
         """A function that takes the rows (B,) of a batch and makes one step with them."""
-        model, device = self.model, self.device
-        rows = torch.zeros(self.config.batch_size, dtype=torch.int64, device=device)
-        graph, calls = None, 0
+        rows = torch.zeros(self.config.batch_size, dtype=torch.int64, device=self.device)
 
         def step():
             batch = examples.rows(rows)
             with self._autocast():
-                loss = model.loss(batch.tokens, batch.positions, batch.answers)
+                loss = self.model.loss(batch.tokens, batch.positions, batch.answers)
             self._update(loss)
 
-        def replay(new_rows: Tensor):
-            nonlocal graph, calls
-            rows.copy_(new_rows)
-            calls += 1
-            if not self.graphs or calls == 1:
-                step()
-                return
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                step()
-                graph.capture_end()
-            graph.replay()
+        step = self._captured(step)
 
-        return replay
+        def step_with(new_rows: Tensor):
+            rows.copy_(new_rows)
+            step()
+
+        return step_with
 
     def _autocast(self):
         return torch.autocast(

@@ -151,7 +151,7 @@ def test_state_bytes_are_the_published_ones():
 
 
 def data(device):
-    return mqar_data.generate_all(TINY, 0, device)
+    return [[part.to(device) for part in half] for half in mqar_data.generate_all(TINY, 0)]
 
 
 def finished(config, device="cpu"):
@@ -189,6 +189,24 @@ def test_steps_are_adamw_on_the_loss(mixer, precision, device):
     # Adam takes steps of full size where gradients are rounding noise: compare what has moved.
     cosine = F.cosine_similarity(ours - start, theirs - start, dim=0)
     assert cosine > (0.999 if precision == "fp32" else 0.97)
+
+
+def test_the_accuracy_is_of_the_weights_of_now(device):
+    """The first evaluation, and later ones, which a GPU replays."""
+    run = Run(settings(d_model=32, dropout=0.0, lr=3e-2), *data(device), device)
+    rows = torch.arange(32, device=device)
+    seen = []
+    with run._on_stream(), torch.no_grad():
+        for _ in range(4):
+            accuracies = torch.stack(run.evaluate())
+            predictions = [run.model.predict(test.tokens, test.positions) for test in run.test]
+            right = [(p == t.answers).double().mean() for p, t in zip(predictions, run.test)]
+            torch.testing.assert_close(accuracies.double(), torch.stack(right), rtol=0, atol=1e-6)
+            seen.append(accuracies.tolist())
+            with torch.enable_grad():
+                for _ in range(20):
+                    run.steps[0](rows)
+    assert len({tuple(row) for row in seen}) > 1
 
 
 def test_training_learns_and_is_reproducible():
@@ -232,6 +250,18 @@ def test_runs_side_by_side_are_added_once(tmp_path, capsys):
     mqar.mqar(config)
     assert len(config.out.read_text().splitlines()) == 2
     assert "all runs done" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_the_runs(tmp_path):
+    lrs = (1e-2, 3e-3, 1e-3, 3e-4)
+    config = asked(tmp_path, device=("cuda:0", "cuda:1"), parallel=2, lr=lrs, dropout=0.0)
+    records = mqar.mqar(config)
+    assert sorted(r["run"]["lr"] for r in records) == sorted(lrs)
+    assert {r["device"] for r in records} == {torch.cuda.get_device_name(0)}
+    alone = mqar.mqar(asked(tmp_path / "alone", device=("cuda:1",), lr=lrs[:1], dropout=0.0))[0]
+    shared = next(r for r in records if r["run"] == alone["run"])
+    assert alone["loss"] == pytest.approx(shared["loss"], rel=0.05)
 
 
 def test_time_limit_keeps_what_is_finished(tmp_path, capsys):
@@ -294,7 +324,7 @@ def test_settings_that_cannot_work():
     with pytest.raises(ConfigError, match="parallel: expected >= 1"):
         mqar.MqarConfig(parallel=0)
     with pytest.raises(ConfigError, match="device: expected one that torch has, got cuda:99"):
-        mqar.mqar(mqar.MqarConfig(device="cuda:99"))
+        mqar.mqar(mqar.MqarConfig(device=("cuda:99",)))
 
 
 def test_without_fla_its_mixers_say_what_to_install(monkeypatch):

@@ -83,7 +83,7 @@ def test_the_seed_decides():
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.positions, again.positions)
     assert not torch.equal(first.tokens, other.tokens)
-    train, test = generate_all(TASKS["cpu"], 0, "cpu")
+    train, test = generate_all(TASKS["cpu"], 0)
     assert [x.tokens.shape[1] for x in test] == [task.seqlen for task in TASKS["cpu"].test]
     assert not torch.equal(train[1].tokens[:500], test[0].tokens)
 
