@@ -6,17 +6,17 @@
 namespace based::cuda {
 namespace {
 
-// Whether `count` neighbouring channels are whole vectors in all that a call reads and writes.
-bool decodes_vectors(const ShortConvDecodeParams& p, int count, int element_bytes) {
-  const auto aligned = [&](const TensorView& view) {
-    return view.rank < 0 || reinterpret_cast<uintptr_t>(view.data) % (count * element_bytes) == 0;
+// Whether a thread can have kConvVector neighbouring channels in all that a call reads and writes.
+bool decodes_vectors(const ShortConvDecodeParams& p, int bytes) {
+  const auto aligned = [](const TensorView& view) {
+    return view.rank < 0 || reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
   };
   const TensorView &weight = p.weight, &state = p.conv_state;
-  return rows_are_vectors(p.x, count, element_bytes) &&
-         rows_are_vectors(p.gate, count, element_bytes) &&
-         rows_are_vectors(p.out, count, element_bytes) && aligned(p.bias) && aligned(weight) &&
+  return rows_are_vectors(p.x, kConvVector, bytes) &&
+         rows_are_vectors(p.gate, kConvVector, bytes) &&
+         rows_are_vectors(p.out, kConvVector, bytes) && aligned(p.bias) && aligned(weight) &&
          weight.stride[0] == weight.size[1] && aligned(state) && state.stride[1] == state.size[2] &&
-         (state.size[0] <= 1 || state.stride[0] % count == 0);
+         (state.size[0] <= 1 || state.stride[0] * bytes % 16 == 0);
 }
 
 }  // namespace
@@ -75,8 +75,7 @@ Status short_conv_decode(const ShortConvDecodeParams& p, void*, Stream stream) {
                                        args);
         });
       };
-      constexpr int kVec = 16 / sizeof(Element);
-      return decodes_vectors(p, kVec, sizeof(Element)) ? run(Int<kVec>{}) : run(Int<1>{});
+      return decodes_vectors(p, sizeof(Element)) ? run(Int<kConvVector>{}) : run(Int<1>{});
     });
   });
 }

@@ -43,18 +43,21 @@ struct ConvDecodeArgs {
   bool silu;
 };
 
-// kCount elements of each of kVec channels, which follow each other in memory.
+// kCount elements of each of kVec channels, which follow each other in memory; read as 16 bytes at
+// a time where they are multiples of that.
 template <class Element, int kCount, int kVec>
 struct ChannelRows {
-  Vector<Element, kVec> vectors[kCount];
+  static constexpr int kWide = 16 / sizeof(Element), kAll = kCount * kVec;
+  static constexpr int kWidth = kVec > 1 && kAll % kWide == 0 ? kWide : kVec;
+  Vector<Element, kWidth> vectors[kAll / kWidth];
 
   __device__ __forceinline__ explicit ChannelRows(const Element* from) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) vectors[n] = load_vector<kVec>(from + n * kVec);
+    for (int n = 0; n < kAll / kWidth; ++n) vectors[n] = load_vector<kWidth>(from + n * kWidth);
   }
   __device__ __forceinline__ float at(int channel, int j) const {
     const int place = channel * kCount + j;
-    return vectors[place / kVec][place % kVec];
+    return vectors[place / kWidth][place % kWidth];
   }
 };
 
@@ -85,7 +88,8 @@ __global__ void __launch_bounds__(kConvDecodeThreads)
     return store_vector(gOut, out);
   }
   Element* gState = state_of<Element>(args.state, row.slot, channel);
-  const ChannelRows<Element, kTaps - 1, kVec> state(gState);
+  using State = ChannelRows<Element, kTaps - 1, kVec>;
+  const State state(gState);
   const auto input = [&](int i, int j) { return j < kTaps - 1 ? state.at(i, j) : x[i]; };
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
@@ -103,14 +107,14 @@ __global__ void __launch_bounds__(kConvDecodeThreads)
   }
   store_vector(gOut, out);
 #pragma unroll
-  for (int n = 0; n < kTaps - 1; ++n) {
-    float shifted[kVec];
+  for (int n = 0; n < State::kAll / State::kWidth; ++n) {
+    float shifted[State::kWidth];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const int place = n * kVec + i;
+    for (int i = 0; i < State::kWidth; ++i) {
+      const int place = n * State::kWidth + i;
       shifted[i] = input(place / (kTaps - 1), place % (kTaps - 1) + 1);
     }
-    store_vector(gState + n * kVec, shifted);
+    store_vector(gState + n * State::kWidth, shifted);
   }
 }
 
