@@ -69,6 +69,8 @@ class MqarConfig(RunConfig):
         for name in ("parallel", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        if not self.device:
+            raise ConfigError("device: expected at least one, got none")
         if self.sweep is not None and self.mixer is not None:
             raise ConfigError("sweep: expected it without a mixer: the file names its own")
         self.runs()  # raises what the runs have to say about their settings
