@@ -16,14 +16,35 @@ ROLES = {
     SMALL: "Transformer++ 360M",
 }
 MAX = "max"
+# Of the H200 that they were set for: (what, at least, how to write it, work, batch, tokens, over
+# which model's tokens per ms; None: our own tokens per ms, MFU: our share of the peak).
+MFU = "MFU"
+TARGETS = (
+    ("decode, batch 128, 1,024 tokens, tokens per ms", 70, ".1f", "decode", 128, 0, None),
+    ("the same over Transformer++, 26 heads of 64", 3, ".2f", "decode", 128, 0, BEST),
+    ("the same over Transformer++, 24 heads of 70", 10, ".2f", "decode", 128, 0, PAPER),
+    ("decode, batch 64 at 8,192, over Transformer++", 16, ".1f", "decode", 64, 8192, BEST),
+    ("the same, each at its best batch", 40, ".1f", "decode", MAX, 8192, BEST),
+    ("decode, batch 1, 1,024 tokens, tokens per ms", 0.7, ".3f", "decode", 1, 0, None),
+    ("prefill (4, 8192) over Transformer++", 1.3, ".2f", "prefill", 4, 8192, BEST),
+    ("prefill (1, 131072) over Transformer++", 7, ".2f", "prefill", 1, 131072, BEST),
+    ("training at 2,048 over Transformer++", 1.1, ".2f", "train", 16, 2048, SMALL),
+    ("training at 8,192 over Transformer++", 1.5, ".2f", "train", 4, 8192, SMALL),
+    ("training at 2,048, MFU", 0.4, ".1%", "train", 16, 2048, MFU),
+    ("training at 8,192, MFU", 0.4, ".1%", "train", 4, 8192, MFU),
+)
 NOTES = """\
-Random weights, bf16, greedy. Based decodes in based_model.Engine, host included; the Transformer's
+Random weights, bf16. Based decodes in based_model.Engine, greedy, host included; the Transformer's
 step is a CUDA graph of the same products, norms and SwiGLU around the fastest stock attention over
 exactly the cached prefix (bench/transformer_step.py), without a host. Context 0: a text of 1,024
 tokens from its first one on, without a prompt (Transformer: a line through steps at four lengths).
-of floor: the bytes of weights and states that a step must move, at the speed of a copy.
-^ the caches of all layers do not fit this card: layers take turns with those that do, which takes
-the same time. x: that model's time a token over Based's at equal batch and context."""
+Prefill: both models in the same code, the Transformer's attention cuDNN's, of heads of 70
+FlashAttention-2, and without keeping its caches, which might not fit. Training: a step of
+based_model.train with --compile --precision bf16; MFU counts 6 FLOP a parameter and token, of
+989 TFLOP/s. of floor: the bytes of weights and states that a step must move, at the speed of a
+copy. ^ the caches of all layers do not fit this card: layers take turns with those that do, which takes
+the same time. x: that model's time a token over Based's at equal batch (max: each at its own) and
+length."""
 
 
 def render(path: Path) -> str:
@@ -55,6 +76,7 @@ def markdown(results: dict, figure: str) -> str:
         f"{every(cells, 'commit')}. Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
         f"{max(ceilings['gemm_tflop_s'].values()):.0f} TFLOP/s.",
         NOTES,
+        table(target_rows(cells)),
         f"![Throughput and memory]({figure})",
         table(decode_rows(cells, ceilings)),
         table(prefill_rows(cells)),
@@ -80,7 +102,7 @@ def readme(results: dict, figure: str) -> str:
     for model in (OURS, BEST, PAPER):
         found = [find(cells, work, model, b, t) for work, b, t in columns.values()]
         if any(found):
-            rows.append((ROLES[model], *(rate(cell) for cell in found)))
+            rows.append((ROLES[model], *(compared(cells, cell) for cell in found)))
     machine, date = results["machine"], every(cells, "date")
     where = f"{machine['name']}, torch {machine['torch']}, {date}"
     picture = f"![Throughput and memory]({figure})"
@@ -104,6 +126,12 @@ def rate(cell: dict | None) -> str:
     if cell["batch"] < 0:
         digits += f" ({cell['rows']} rows)"
     return digits + "^" * cell.get("caches_shared_by_layers", False)
+
+
+def compared(cells: dict, cell: dict | None) -> str:
+    """Its rate, and how many times as long as ours it takes."""
+    ratio = times(cells, cell, OURS) if cell else ""
+    return f"{rate(cell)}, {ratio}" if ratio else rate(cell)
 
 
 def of_work(cells: dict, work: str) -> list[dict]:
@@ -139,6 +167,27 @@ def decode_rows(cells: dict, ceilings: dict):
             f"{cell['peak_gb']:.1f}",
             cell.get("attention", ""),
         )
+
+
+def target_rows(cells: dict):
+    """What was aimed at, and what came out of it."""
+    yield ("target, of an H200", "at least", "measured")
+    for what, least, form, *size, other in TARGETS:
+        value = target_value(cells, *size, other)
+        yield (what, format(least, form), "not measured" if value is None else format(value, form))
+    own = [find(cells, "decode", OURS, 1, n) for n in (100, 100_000)]
+    change = "not measured"
+    if all(own):
+        change = f"{own[1]['median_ms'] / own[0]['median_ms'] - 1:+.2%}"
+    yield ("decode, token 100,000 against token 100, time", "within ±2%", change)
+
+
+def target_value(cells: dict, work: str, batch, length: int, other: str | None) -> float | None:
+    ours = find(cells, work, SMALL_OURS if work == "train" else OURS, batch, length)
+    if ours is None or other in (None, MFU):
+        return ours and ours["mfu" if other else "tokens_per_ms"]
+    theirs = find(cells, work, other, batch, length)
+    return theirs and ours["tokens_per_ms"] / theirs["tokens_per_ms"]
 
 
 def prefill_rows(cells: dict):
@@ -203,35 +252,42 @@ def draw(results: dict, path: Path):
     own = of_work(results["cells"], "decode")
     for model, color in zip((OURS, BEST, PAPER), ("C0", "C1", "C2")):
         for length, style in ((0, "-"), (8192, "--"), (32768, ":")):
-            points = sorted(
+            points = [
                 (c["rows"], c["tokens_per_ms"])
                 for c in own
                 if (c["model"], c["length"]) == (model, length)
-            )
-            label = ROLES[model] if length == 0 else None
-            if points:
-                by_batch.plot(*zip(*points), color + style, marker="o", ms=3, label=label)
-        for batch, style in ((1, "--"), (128, "-")):
+            ]
+            line(by_batch, points, color + style, ROLES[model] if length == 0 else None)
+        for batch, style in ((1, "--"), (64, ":"), (128, "-")):
             points = []
             for c in own:
                 if (c["model"], c["batch"]) == (model, batch):
                     lengths = c.get("points_ms", {str(c["length"] or 512): c["median_ms"]})
                     points += [(int(n), batch / ms) for n, ms in lengths.items()]
-            if points:
-                by_context.plot(*zip(*sorted(points)), color + style, marker="o", ms=3)
+            line(by_context, points, color + style)
         with torch.device("meta"):
             shape = Based(PRESETS[model]).to(torch.bfloat16)
         lengths = [2**i for i in range(7, 18)]
-        memory.plot(lengths, [shape.state_size(n) / 1e6 for n in lengths], color)
-    by_batch.set(xlabel="batch", ylabel="tokens per ms", xscale="log", yscale="log")
-    by_batch.set_title("decode: 1,024 tokens (-), at 8,192 (--), 32,768 (:)", fontsize=10)
-    by_batch.legend(fontsize=7)
-    by_context.set(xlabel="context", ylabel="tokens per ms", xscale="log", yscale="log")
-    by_context.set_title("decode, batch 1 (--) and 128 (-)")
-    memory.set(xlabel="context", ylabel="MB", xscale="log", yscale="log")
-    memory.set_title("state of one sequence")
+        sizes = [(n, shape.state_size(n) / 1e6) for n in lengths]
+        line(memory, sizes, color + "--" if model == PAPER else color, ROLES[model])
+    titles = {
+        by_batch: "decode: 1,024 tokens (-), at 8,192 (--), 32,768 (:)",
+        by_context: "decode: batch 1 (--), 64 (:), 128 (-)",
+        memory: "state of one sequence",
+    }
+    for axes, title in titles.items():
+        axes.set_title(title, fontsize=10)
+        axes.set(xscale="log", yscale="log", xlabel="batch" if axes is by_batch else "context")
+        axes.set_ylabel("MB" if axes is memory else "tokens per ms")
+    memory.legend(fontsize=7)
     date = every(results["cells"], "date")
     figure.suptitle(f"{results['machine']['name']}, bf16, {date}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def line(axes, points: list[tuple[float, float]], style: str, label: str | None = None):
+    """Through points in the order of x; nothing if there are none."""
+    if points:
+        axes.plot(*zip(*sorted(points)), style, marker="o", ms=3, label=label)
