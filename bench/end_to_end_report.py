@@ -42,9 +42,9 @@ Prefill: both models in the same code, the Transformer's attention cuDNN's, of h
 FlashAttention-2, and without keeping its caches, which might not fit. Training: a step of
 based_model.train with --compile --precision bf16; MFU counts 6 FLOP a parameter and token, of
 989 TFLOP/s. of floor: the bytes of weights and states that a step must move, at the speed of a
-copy. ^ the caches of all layers do not fit this card: layers take turns with those that do, which takes
-the same time. x: that model's time a token over Based's at equal batch (max: each at its own) and
-length."""
+copy. ^ the caches of all layers do not fit this card: layers take turns with those that do, which
+takes the same time. x: that model's time a token over Based's at equal batch (max: each at its
+own) and length."""
 
 
 def render(path: Path) -> str:
