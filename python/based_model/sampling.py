@@ -7,7 +7,6 @@ depends neither on the row of a batch nor on what was drawn before or beside it.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from based_model.config import ConfigError
@@ -75,35 +74,32 @@ def sample(logits: Tensor, draws: Draws, positions: Tensor, restricted: bool) ->
     positions (N,) int64 counts the tokens before the one to draw. restricted says whether any row
     has a top_k or top_p to follow; to other rows it makes no difference.
     """
-    least = None
+    likely = None  # (probs, p): the tokens that are at least as likely as p
     if restricted:
         probs = _probs(logits, draws.temperature)
-        least = probs, _least(probs, draws.top_k[:, None], draws.top_p[:, None])
-    return _draw(logits, draws.temperature, draws.seed, positions, least)
+        likely = probs, _least(probs, draws.top_k[:, None], draws.top_p[:, None])
+    draw = _draw
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from based_model.draw import draw
+    return draw(logits, draws.temperature, draws.seed, positions, likely)
 
 
-@compiled_on_gpu
 def _draw(
     logits: Tensor,
     temperature: Tensor,
     seed: Tensor,
     positions: Tensor,
-    least: tuple[Tensor, Tensor] | None,
+    likely: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Of all tokens, or given (probs, p) of those that are at least as likely as p."""
     # The largest of logits / temperature + Gumbel noise is a draw from their softmax; times
     # temperature that is the likeliest token at temperature 0.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     noise = _gumbel(seed[:, None], positions[:, None], logits.shape[-1])
     scores = logits + temperature[:, None] * noise
-    if least is not None:
-        probs, p = least
+    if likely is not None:
+        probs, p = likely
         scores = scores.masked_fill(probs < p, -torch.inf)
-    # In blocks, so that a GPU has something to share out even of one row.
-    scores = F.pad(scores, (0, -scores.shape[-1] % 1024), value=-torch.inf)
-    best, token = scores.unflatten(-1, (-1, 1024)).max(-1)
-    block = best.argmax(-1, keepdim=True)
-    return (1024 * block + token.gather(-1, block))[:, 0]
+    return scores.argmax(-1)
 
 
 @compiled_on_gpu
