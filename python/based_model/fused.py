@@ -29,6 +29,13 @@ def compiled_on_gpu(function: Callable) -> Callable:
 
 
 @compiled_on_gpu
+def embed(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight as the residual stream begins, in fp32 or wider: (...) -> (..., d_model)."""
+    x = F.embedding(tokens, weight)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@compiled_on_gpu
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dim, computed in x's dtype, returned in weight's."""
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(weight.dtype)

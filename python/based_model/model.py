@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from based_model.config import ModelConfig
 from based_model.fused import (
     add_norm,
+    embed,
     norm_linear,
     rms_norm,
     rotary_angles,
@@ -278,8 +279,7 @@ class Based(nn.Module):
         state.fill, state.capacity = torch.zeros_like(state.positions), capacity
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return embed(tokens, self.embedding.weight)
 
     def _slots(self, ends: Tensor) -> int:
         """Tokens in the longest sequence, where a key-value cache has to know: GPUs wait for it."""
