@@ -44,7 +44,8 @@ based_model.train with --compile --precision bf16; MFU counts 6 FLOP a parameter
 989 TFLOP/s. of floor: the bytes of weights and states that a step must move, at the speed of a
 copy. ^ the caches of all layers do not fit this card: layers take turns with those that do, which
 takes the same time. x: that model's time a token over Based's at equal batch (max: each at its
-own) and length."""
+own) and length. samples: repetitions of which the median is shown; one of a decode step is 16
+steps, or all 1,024 of a text."""
 
 
 def render(path: Path) -> str:
@@ -151,7 +152,7 @@ def times(cells: dict, cell: dict, ours: str) -> str:
 
 
 def decode_rows(cells: dict, ceilings: dict):
-    header = ("context", "batch", "model", "ms a step", "tokens per ms", "x", "of floor")
+    header = ("context", "batch", "model", "ms a step", "samples", "tokens per ms", "x", "of floor")
     yield (*header, "peak GB", "attention")
     for cell in of_work(cells, "decode"):
         floor = cell["bytes"] / ceilings["bandwidth_gb_s"] / 1e6
@@ -161,6 +162,7 @@ def decode_rows(cells: dict, ceilings: dict):
             batch + "^" * cell.get("caches_shared_by_layers", False),
             ROLES[cell["model"]],
             f"{cell['median_ms']:.3f}",
+            str(cell["samples"]),
             f"{cell['tokens_per_ms']:.3g}",
             times(cells, cell, OURS),
             f"{floor / cell['median_ms']:.0%}",
@@ -191,12 +193,13 @@ def target_value(cells: dict, work: str, batch, length: int, other: str | None) 
 
 
 def prefill_rows(cells: dict):
-    yield ("prefill (B, T)", "model", "ms", "tokens per ms", "x", "peak GB")
+    yield ("prefill (B, T)", "model", "ms", "samples", "tokens per ms", "x", "peak GB")
     for cell in of_work(cells, "prefill"):
         yield (
             f"({cell['batch']}, {cell['length']})",
             ROLES[cell["model"]],
             f"{cell['median_ms']:.1f}",
+            str(cell["samples"]),
             f"{cell['tokens_per_ms']:.3g}",
             times(cells, cell, OURS),
             f"{cell['peak_gb']:.1f}",
@@ -204,12 +207,13 @@ def prefill_rows(cells: dict):
 
 
 def train_rows(cells: dict):
-    yield ("training step (B, T)", "model", "ms", "tokens per s", "x", "MFU", "peak GB")
+    yield ("training step (B, T)", "model", "ms", "samples", "tokens per s", "x", "MFU", "peak GB")
     for cell in of_work(cells, "train"):
         yield (
             f"({cell['batch']}, {cell['length']})",
             ROLES[cell["model"]],
-            f"{cell['median_ms']:.0f}",
+            f"{cell['median_ms']:.1f}",
+            str(cell["samples"]),
             f"{1e3 * cell['tokens_per_ms']:,.0f}",
             times(cells, cell, SMALL_OURS),
             f"{cell['mfu']:.1%}",
