@@ -1,5 +1,6 @@
 """The engine on a GPU: its graph against the whole-sequence forward, its kernel against fp64."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -80,10 +81,15 @@ class Recorded(Engine):
 @pytest.mark.parametrize("slots", [1, 8, 40])
 @pytest.mark.parametrize("config", [SMALL, PRESETS["based-360m"]], ids=["small", "based-360m"])
 def test_graph_on_cuda_follows_the_forward(config, slots):
-    """Teacher-forced: logits within 2e-2 of forward(), the argmax where the margin is above it."""
+    """Teacher-forced: logits within 2e-2 of forward()'s, and as near to those of the fp32 model.
+
+    The argmax too wherever the best leads by more than 2e-2 of the largest logit: bf16 logits above
+    2 lie 0.016 apart, and forward() itself has other argmaxes than the fp32 model up to 1.7e-2.
+    """
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Based(config).bfloat16().requires_grad_(False)
+    exact_model, errors = copy.deepcopy(model).float(), []
     engine = Recorded(model, slots, context=256, batch_sizes=[slots])
     prompts = torch.randint(config.vocab_size, (slots, 150)).tolist()
     requests = [
@@ -105,13 +111,17 @@ def test_graph_on_cuda_follows_the_forward(config, slots):
         text = torch.tensor([prompt + request.tokens], device="cuda")
         with torch.no_grad():
             expected = model(text)[0, len(prompt) : -1].float()
+            exact = exact_model(text)[0, len(prompt) : -1]
         got = torch.stack(own)
         assert got.shape == expected.shape
         error = ((got - expected).norm() / expected.norm()).item()
         assert error <= 2e-2, (error, (got - expected).abs().max())
         first, second = expected.topk(2, -1).values.unbind(-1)
-        clear = first - second > 2e-2
+        clear = first - second > 2e-2 * expected.abs().amax(-1)
         assert clear.any() and torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+        errors.append([(x - exact).square().sum() for x in (got, expected)])
+    ours, forward = torch.tensor(errors).sum(0).sqrt()
+    assert ours <= 1.1 * forward
 
 
 @pytest.mark.parametrize("slots", [8, 130])

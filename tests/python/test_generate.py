@@ -26,7 +26,7 @@ TINY = ModelConfig(
     d_model=16,
     mlp_dim=24,
     nheads=2,
-    feature_dim=4,
+    feature_dim=8,
     window=5,
     vocab_size=256,
 )
