@@ -190,7 +190,9 @@ class ConvMixer(nn.Module):
         return d_inner * (width - 1) * self.conv_weight.itemsize
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
-        u, gate = self.in_proj(x).chunk(2, -1)  # (B,T,2*d_model) each
+        # Two products: the gradients of the halves of one would first be copied together.
+        halves = zip(self.in_proj.weight.chunk(2), self.in_proj.bias.chunk(2), strict=True)
+        u, gate = (F.linear(x, weight, bias) for weight, bias in halves)  # (B,T,2*d_model) each
         out, conv_state = span.run(
             short_conv,
             u,

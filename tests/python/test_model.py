@@ -214,6 +214,21 @@ def test_bf16_weights_keep_an_fp32_residual():
     assert model.decode(tokens[:, 0], state).dtype == torch.bfloat16
 
 
+def test_loss_is_the_cross_entropy_of_the_logits_padding_left_out():
+    model, tokens, targets = tiny_model(), tokens_of(2, SEQLEN), tokens_of(2, SEQLEN, seed=2)
+    loss, state = model(tokens, output_state=True, targets=targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert loss.dtype == torch.float32 and state.positions.tolist() == [SEQLEN, SEQLEN]
+
+    logits = model(tokens)
+    assert logits.shape[-1] == TINY.vocab_size < len(model.embedding.weight)
+    picked = logits.gather(-1, targets[..., None])[..., 0]
+    expected = (logits.logsumexp(-1) - picked).mean()
+    assert_same(loss.double(), expected, 1e-6)
+    for actual, x in zip(gradients, torch.autograd.grad(expected, list(model.parameters()))):
+        assert_same(actual, x, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layers", PATTERNS, ids="-".join)
 def test_state_size(layers, dtype):
