@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(128) char raw[];
   auto& smem = *reinterpret_cast<GradientIncrementSmem<Tr>*>(raw);
   const Place place(a);
-  const Segment seg = segment_of(a, place.slot);
-  if (!seg.exists || seg.first) return;
+  const Segment seg = segment_beside(a, place.slot, true);
+  if (!seg.exists) return;
   const int head = place.head, first_v = place.tile * kTileV;
   const int valid = min(kTileV, a.head_dim - first_v) / 8, length = int(seg.end - seg.begin);
   const auto prefetch = [&](int done) {
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     mma_wait<0>(state.sum);
   }
   state.scale(1 / unit), sums.scale(1 / unit);
-  float* workspace = a.workspace + place.index(a, seg.border - 1) * kStateFloats<Tr>;
+  float* workspace = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
   state.store(workspace);
   float* gZ = workspace + Tr::kF * kTileV;
   sums.for_each([&](int f, float value) { gZ[f] = value; });

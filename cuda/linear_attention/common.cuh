@@ -92,15 +92,11 @@ __device__ __forceinline__ int64_t last_below(int64_t count, const Below& below)
   return i;
 }
 
-__device__ __forceinline__ Segment segment_of(const Arguments& a, int64_t slot) {
-  const int64_t i =
-      a.cu_seqlens == nullptr
-          ? slot / a.per_sequence
-          : last_below(a.sequences, [&](int64_t n) { return first_slot(a, n) <= slot; });
-  Segment s = sequence_of(a, i);
-  const int64_t index = slot - first_slot(a, i), length = s.end - s.begin;
+__device__ __forceinline__ Segment segment_at(const Arguments& a, int64_t sequence, int64_t index) {
+  Segment s = sequence_of(a, sequence);
+  const int64_t length = s.end - s.begin;
   s.before = index * a.segment;
-  s.border = first_border(a, i) + index;
+  s.border = first_border(a, sequence) + index;
   s.exists = index >= 0 && (index == 0 || s.before < length);
   s.first = index == 0, s.last = s.before + a.segment >= length;
   s.begin += s.before;
@@ -108,7 +104,30 @@ __device__ __forceinline__ Segment segment_of(const Arguments& a, int64_t slot) 
   return s;
 }
 
-// The CTA's (slot, head, tile of V) and where the state of a border lies in the workspace.
+__device__ __forceinline__ Segment segment_of(const Arguments& a, int64_t slot) {
+  const int64_t i =
+      a.cu_seqlens == nullptr
+          ? slot / a.per_sequence
+          : last_below(a.sequences, [&](int64_t n) { return first_slot(a, n) <= slot; });
+  return segment_at(a, i, slot - first_slot(a, i));
+}
+
+__device__ __forceinline__ int64_t sequence_at(const Arguments& a, int64_t border) {
+  return a.cu_seqlens == nullptr
+             ? border / (a.per_sequence - 1)
+             : last_below(a.sequences, [&](int64_t n) { return first_border(a, n) <= border; });
+}
+
+// The segment before a border, or the one after it, if both are there.
+__device__ __forceinline__ Segment segment_beside(const Arguments& a, int64_t border, bool after) {
+  const int64_t i = sequence_at(a, border), index = border - first_border(a, i) + after;
+  Segment s = segment_at(a, i, index);
+  s.exists = after ? index > 0 && s.exists : s.exists && !s.last;
+  return s;
+}
+
+// The CTA's (slot or border, head, tile of V) and where the state of a border lies in the
+// workspace.
 struct Place {
   int64_t slot;
   int head, tile;

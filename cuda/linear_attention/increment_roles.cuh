@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kIncrementThreads, 1)
     extern __shared__ __align__(128) char raw[];
     auto& smem = *reinterpret_cast<Smem*>(raw);
     const Place place(a);
-    const Segment seg = segment_of(a, place.slot);
-    if (!seg.exists || (kGradient ? seg.first : seg.last)) return;
+    const Segment seg = segment_beside(a, place.slot, kGradient);
+    if (!seg.exists) return;
     const int head = place.head, first_v = place.tile * kTileV;
     const int valid = min(kTileV, a.head_dim - first_v) / 8, length = int(seg.end - seg.begin);
     const int turn = warpgroup_index(), thread = thread_index() % kGroupThreads, lane = thread % 32;
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kIncrementThreads, 1)
     if (!kGradient && turn == 0) sums.constant = float(length);  // of all three
     sums.for_all(lane, [&](int f, float& z) { sZ[f] = z; });
     __syncthreads();
-    const int64_t border = kGradient ? seg.border - 1 : seg.border;
-    float4* to = reinterpret_cast<float4*>(a.workspace + place.index(a, border) * kStateFloats<Tr>);
+    float4* to =
+        reinterpret_cast<float4*>(a.workspace + place.index(a, place.slot) * kStateFloats<Tr>);
     for (int i = threadIdx.x; i < int(kStateFloats<Tr> / 4); i += kIncrementThreads) {
       float4 sum = reinterpret_cast<const float4*>(smem.group[0].sums())[i];
       for (int g = 1; g < kIncrementGroups; ++g) {

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(128) char raw[];
   auto& smem = *reinterpret_cast<IncrementSmem<Tr>*>(raw);
   const Place place(a);
-  const Segment seg = segment_of(a, place.slot);
-  if (!seg.exists || seg.last) return;  // so every chunk is whole
+  const Segment seg = segment_beside(a, place.slot, false);
+  if (!seg.exists) return;  // so every chunk is whole
   const int head = place.head, first_v = place.tile * kTileV;
   const int valid = min(kTileV, a.head_dim - first_v) / 8, length = int(seg.end - seg.begin);
   const auto prefetch = [&](int done) {
@@ -52,53 +52,44 @@ __global__ void __launch_bounds__(kThreads, 1)
     update_state<Tr>(state, sums, smem.v[stage], smem.phi, smem.k[stage]);
     mma_wait<0>(state.sum);
   }
-  float* workspace = a.workspace + place.index(a, seg.border) * kStateFloats<Tr>;
+  float* workspace = a.workspace + place.index(a, place.slot) * kStateFloats<Tr>;
   state.store(workspace);
   float* gZ = workspace + Tr::kF * kTileV;
   sums.for_each([&](int f, float value) { gZ[f] = value; });
 }
 
-// The sequences that scan_kernel looks for: a border is the first of one at most.
-__host__ __device__ inline int64_t scanned(const Arguments& a) {
-  return a.cu_seqlens == nullptr ? a.sequences : a.borders;
-}
-
 // The sum of the segment before each border (kReverse: after it) becomes the sum of all segments of
-// its sequence before (after) it. One thread per four floats of a state and (sequence, head, tile).
+// its sequence before (after) it. A CTA has the (border, head, tile) of a sequence's first border
+// and one of `parts` of the state, a thread four floats at a time.
 template <bool kReverse>
 __global__ void __launch_bounds__(256)
-    scan_kernel(const __grid_constant__ Arguments a, int state_quads, int blocks_per_state) {
+    scan_kernel(const __grid_constant__ Arguments a, int state_quads, int parts) {
   constexpr int kAhead = 8;  // loads in flight
-  const int64_t index = blockIdx.x / blocks_per_state;
-  const int element = int(blockIdx.x % blocks_per_state) * 256 + threadIdx.x;
-  if (element >= state_quads) return;
-  const int64_t per_border = int64_t(a.heads) * a.tiles;
-  const int64_t row = index % per_border;
-  const int64_t searched = index / per_border;  // a sequence, or packed a border
-  const int64_t sequence =
-      a.cu_seqlens == nullptr
-          ? searched
-          : last_below(a.sequences, [&](int64_t i) { return first_border(a, i) <= searched; });
-  const int64_t first = first_border(a, sequence);
-  if (a.cu_seqlens != nullptr && first != searched) return;
+  const int64_t index = blockIdx.x / parts, per_border = int64_t(a.heads) * a.tiles;
+  const int64_t border = index / per_border, sequence = sequence_at(a, border);
+  if (first_border(a, sequence) != border) return;
   const Segment all = sequence_of(a, sequence);
   const int64_t count = (all.end - all.begin - 1) / a.segment;  // of its borders
   const int64_t stride = (kReverse ? -per_border : per_border) * state_quads;
-  float4* at = reinterpret_cast<float4*>(a.workspace) +
-               ((first + (kReverse ? count - 1 : 0)) * per_border + row) * state_quads + element;
-  float4 sum = {0, 0, 0, 0};
-  for (int64_t s = 0; s < count; s += kAhead) {
-    float4 own[kAhead];
+  float4* const first = reinterpret_cast<float4*>(a.workspace) +
+                        (index + (kReverse ? (count - 1) * per_border : 0)) * state_quads;
+  for (int element = int(blockIdx.x % parts) * 256 + threadIdx.x; element < state_quads;
+       element += 256 * parts) {
+    float4* at = first + element;
+    float4 sum = {0, 0, 0, 0};
+    for (int64_t s = 0; s < count; s += kAhead) {
+      float4 own[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      own[i] = s + i < count ? at[i * stride] : float4{0, 0, 0, 0};
-    }
+      for (int i = 0; i < kAhead; ++i) {
+        own[i] = s + i < count ? at[i * stride] : float4{0, 0, 0, 0};
+      }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      sum.x += own[i].x, sum.y += own[i].y, sum.z += own[i].z, sum.w += own[i].w;
-      if (s + i < count) at[i * stride] = sum;
+      for (int i = 0; i < kAhead; ++i) {
+        sum.x += own[i].x, sum.y += own[i].y, sum.z += own[i].z, sum.w += own[i].w;
+        if (s + i < count) at[i * stride] = sum;
+      }
+      at += kAhead * stride;
     }
-    at += kAhead * stride;
   }
 }
 

@@ -125,6 +125,12 @@ inline void set_segments(Arguments& a, const LinearAttentionParams& p, int64_t s
                              ? (seqlen + a.sequences - 1) / a.sequences
                              : seqlen;
   a.segment = segment_tokens(tokens, tasks, slots, overhead, most_segments);
+  // Sequences differ: one longer than the mean need not be cut while it is a small part of the
+  // work.
+  if (a.cu_seqlens != nullptr) {
+    const int64_t share = seqlen * a.heads * a.tiles / (4 * slots);
+    a.segment = std::max(a.segment, share / kChunk * kChunk);
+  }
   a.per_sequence = std::max<int64_t>(1, (seqlen + a.segment - 1) / a.segment);
   a.segments = a.cu_seqlens == nullptr ? a.sequences * a.per_sequence
                : a.sequences == 0      ? 0
@@ -196,7 +202,7 @@ constexpr bool kHasRoles = Tr::D <= 16;
 
 template <class Tr>
 Status launch_increments(const char* op, const Arguments& a, Stream stream) {
-  const int64_t blocks = a.segments * a.heads * a.tiles;
+  const int64_t blocks = a.borders * a.heads * a.tiles;
   if constexpr (kHasRoles<Tr>) {
     if (runs_wgmma()) {
       return launch(op, increment_roles_kernel<Tr, false>, blocks, kIncrementThreads,
@@ -208,9 +214,12 @@ Status launch_increments(const char* op, const Arguments& a, Stream stream) {
 
 template <class Tr, bool kReverse>
 Status launch_scan(const char* op, const Arguments& a, Stream stream) {
-  const int quads = int(kStateFloats<Tr> / 4), blocks = (quads + 255) / 256;
-  return launch(op, scan_kernel<kReverse>, scanned(a) * a.heads * a.tiles * blocks, 256, 0, stream,
-                a, quads, blocks);
+  const int quads = int(kStateFloats<Tr> / 4);
+  const int64_t states = a.borders * a.heads * a.tiles;
+  // As many parts as fill the GPU: with many short sequences, most CTAs have nothing to do.
+  const int64_t parts =
+      std::clamp<int64_t>(32 * multiprocessors() / states, 1, (quads + 255) / 256);
+  return launch(op, scan_kernel<kReverse>, states * parts, 256, 0, stream, a, quads, int(parts));
 }
 
 }  // namespace based::cuda::linear

@@ -66,7 +66,8 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
   };
 
   const int64_t blocks = a.segments * a.heads * a.tiles;
-  const bool cut = a.borders > 0;
+  const int64_t borders = a.borders * a.heads * a.tiles;
+  const bool cut = borders > 0;
   Status status;
   if (a.tiles > 1) {
     status =
@@ -92,11 +93,11 @@ Status run(const char* op, const LinearAttentionBackwardParams& p, void* workspa
     then([&] {
       if constexpr (kHasRoles<Tr>) {
         if (runs_wgmma()) {
-          return launch(op, increment_roles_kernel<Tr, true>, blocks, kIncrementThreads,
+          return launch(op, increment_roles_kernel<Tr, true>, borders, kIncrementThreads,
                         sizeof(IncrementRoleSmem<Tr>), stream, a);
         }
       }
-      return launch(op, gradient_increment_kernel<Tr>, blocks, kThreads,
+      return launch(op, gradient_increment_kernel<Tr>, borders, kThreads,
                     sizeof(GradientIncrementSmem<Tr>), stream, a);
     });
     then([&] { return launch_scan<Tr, true>(op, a, stream); });
