@@ -63,23 +63,20 @@ class Cell:
 def cells() -> list[Cell]:
     """All of them: those that the targets speak of, then the others, each part by model."""
     models = (OURS, BEST, PAPER)
+    prefills = (("prefill profile", 4, 8192), ("prefill", 1, 131072))
+    training = (("train", 16, 2048), ("train profile", 16, 2048), ("train", 4, 8192))
     targets = [
         *(Cell("decode", m, b, t) for m in models for b, t in ((128, 0), (64, 8192), (MANY, 8192))),
         *(Cell("decode", OURS, 1, t) for t in (0, 100, 100_000)),
         *(Cell("decode profile", OURS, b, 512) for b in (128, 1)),
-        *(Cell("prefill", m, b, t) for m in models for b, t in ((4, 8192), (1, 131072))),
-        *(Cell("prefill profile", m, 4, 8192) for m in (OURS, BEST)),
-        *(
-            Cell(work, m, b, t)
-            for m in (SMALL_OURS, SMALL)
-            for b, t in ((16, 2048), (4, 8192))
-            for work in ("train", "train profile")
-        ),
+        *(Cell("prefill", m, 4, 8192) for m in models),
+        *(Cell(w, m, b, t) for m in models[:2] for w, b, t in prefills),
+        *(Cell(w, m, b, t) for m in (SMALL_OURS, SMALL) for w, b, t in training),
     ]
     sizes = [(b, t) for t in (0, 8192, 32768) for b in (1, 8, 32, 128, MANY)]
     everything = [
         *(Cell("decode", m, b, t) for m in models for b, t in sizes),
-        *(Cell("prefill", m, 2, 4096) for m in models),
+        *(Cell("prefill", m, b, t) for m in models for b, t in ((2, 4096), (1, 131072))),
     ]
     order = list(dict.fromkeys(cell.model for cell in targets))
     rest = [cell for cell in everything if cell not in targets]
