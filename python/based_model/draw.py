@@ -1,8 +1,10 @@
-"""The draw of sampling.py on a GPU: one pass over the logits, with the noise in registers.
+"""The draw of sampling.py on a GPU, in Triton, which comes with torch.
 
-Bound by arithmetic: a hash and two logarithms a token, which rows of temperature 0 do without.
-Triton, which comes with torch; of the same lines torch.compile makes kernels that write the noise
-of all tokens to memory and read it again.
+draw() is one pass over the logits with the noise in registers, bound by arithmetic: a hash and two
+logarithms a token, which rows of temperature 0 do without. least() has one program a row, whose
+probabilities stay in the first cache over all steps of the bisection. Of sampling's own lines
+torch.compile makes kernels that write the noise of all tokens to memory and read it again, and one
+for every step.
 """
 
 import torch
@@ -11,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-BLOCK, WARPS = 1024, 4  # tokens and warps of a program
+BLOCK, WARPS = 1024, 4  # tokens and warps of a program of draw()
+ROW_BLOCK, ROW_WARPS = 8192, 32  # tokens at a time and warps of a program of least()
 
 
 @triton.jit
@@ -81,6 +84,61 @@ def _best_block(best, token, out, vocab_size, blocks, BLOCKS: tl.constexpr):
     score = tl.load(best + row * blocks + block, mask=inside, other=-float("inf"))
     first = tl.load(token + row * blocks + block, mask=inside, other=vocab_size - 1)
     tl.store(out + row, tl.min(tl.where(score == tl.max(score, 0), first, vocab_size - 1), 0))
+
+
+@triton.jit
+def _above(probs, level, vocab_size, BLOCK: tl.constexpr):
+    """How many probs (vocab_size,) are above a level, and their sum."""
+    count, total = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        p = tl.load(probs + token, mask=token < vocab_size, other=-1.0)
+        count += (p > level).to(tl.int32)
+        total += tl.where(p > level, p, 0.0)
+    return tl.sum(count, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def _smallest(probs, tokens, share, vocab_size, BLOCK: tl.constexpr):
+    """sampling._smallest of one row."""
+    low = tl.full((), -1, tl.int32)
+    high = tl.full((), 0x3F800000, tl.int32)
+    for _ in range(30):
+        middle = (low + high + 1) >> 1
+        count, total = _above(probs, middle.to(tl.float32, bitcast=True), vocab_size, BLOCK)
+        fewer = (count < tokens) & (total < share)
+        low, high = tl.where(fewer, low, middle), tl.where(fewer, middle, high)
+    return high.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _least(probs, top_k, top_p, out, vocab_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    probs += row * vocab_size
+    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    level, everything = tl.full((), 0.0, tl.float32), float("inf")
+    if k > 0:
+        level = _smallest(probs, k, everything, vocab_size, BLOCK)
+    if p < 1:
+        # The sum of those that are at least as likely, so above the float before.
+        before = (level.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+        _, total = _above(probs, tl.where(level > 0, before, -1.0), vocab_size, BLOCK)
+        level = tl.maximum(level, _smallest(probs, vocab_size, p * total, vocab_size, BLOCK))
+    tl.store(out + row, level)
+
+
+def least(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """probs (N,vocab_size), the others (N,1) -> (N,1), as sampling._least.
+
+    0 where all tokens stay.
+    """
+    rows, vocab_size = probs.shape
+    out = torch.empty(rows, 1, device=probs.device)
+    with torch.cuda.device(probs.device):
+        _least[(rows,)](
+            probs.contiguous(), top_k, top_p, out, vocab_size, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS
+        )
+    return out
 
 
 def draw(

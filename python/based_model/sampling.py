@@ -74,13 +74,13 @@ def sample(logits: Tensor, draws: Draws, positions: Tensor, restricted: bool) ->
     positions (N,) int64 counts the tokens before the one to draw. restricted says whether any row
     has a top_k or top_p to follow; to other rows it makes no difference.
     """
+    draw, least = _draw, _least
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from based_model.draw import draw, least
     likely = None  # (probs, p): the tokens that are at least as likely as p
     if restricted:
         probs = _probs(logits, draws.temperature)
-        likely = probs, _least(probs, draws.top_k[:, None], draws.top_p[:, None])
-    draw = _draw
-    if logits.is_cuda and logits.dtype != torch.float64:
-        from based_model.draw import draw
+        likely = probs, least(probs, draws.top_k[:, None], draws.top_p[:, None])
     return draw(logits, draws.temperature, draws.seed, positions, likely)
 
 
@@ -127,17 +127,12 @@ def _smallest(probs: Tensor, tokens: Tensor, share: Tensor) -> Tensor:
     low = torch.full_like(probs[:, :1], -1, dtype=torch.int32)
     high = torch.full_like(low, 0x3F800000)
     for _ in range(30):
-        low, high = _halve(probs, low, high, tokens, share)
+        middle = (low + high + 1) >> 1
+        above = probs > middle.view(torch.float32)
+        fewer = above.sum(-1, keepdim=True) < tokens
+        fewer &= probs.masked_fill(~above, 0).sum(-1, keepdim=True) < share
+        low, high = torch.where(fewer, low, middle), torch.where(fewer, middle, high)
     return high.view(torch.float32)
-
-
-@compiled_on_gpu
-def _halve(probs: Tensor, low: Tensor, high: Tensor, tokens: Tensor, share: Tensor):
-    middle = (low + high + 1) >> 1
-    above = probs > middle.view(torch.float32)
-    fewer = above.sum(-1, keepdim=True) < tokens
-    fewer &= probs.masked_fill(~above, 0).sum(-1, keepdim=True) < share
-    return torch.where(fewer, low, middle), torch.where(fewer, middle, high)
 
 
 def _gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:

@@ -238,17 +238,28 @@ def test_sampling_restricts_the_support(device):
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (1, 1.0), (7, 1.0), (100, 0.9), (3, 0.3)])
 @torch.no_grad()
 def test_the_support_is_the_one_that_sorting_gives(top_k, top_p, device):
-    from based_model.sampling import _least
-
+    if device == "cpu":
+        from based_model.sampling import _least as least
+    else:
+        from based_model.draw import least
     logits, row = 3 * torch.randn(20, 257, device=device), torch.ones(20, 1, device=device)
     probs = logits.softmax(-1)
-    kept = probs >= _least(probs, top_k * row.long(), top_p * row)
+    kept = probs >= least(probs, top_k * row.long(), top_p * row)
     probs, order = logits.double().softmax(-1).sort(-1, descending=True)
     if top_k:
         probs[:, top_k:] = 0
     ahead = (probs.cumsum(-1) - probs) / probs.sum(-1, keepdim=True)
     expected = torch.zeros_like(kept).scatter(-1, order, (probs > 0) & (ahead < top_p))
     assert torch.equal(kept, expected) and kept.any(-1).all()
+
+
+def test_a_draw_is_a_token_whatever_the_logits(device):
+    for value in (torch.nan, -torch.inf, torch.inf):
+        tokens = drawn(torch.full((3, 1025), value, device=device), 3, temperature=1.0)
+        assert all(0 <= token < 1025 for token in tokens.tolist())
+    equal = torch.zeros(3, 1025, device=device)
+    equal[:, 1000:] = equal[:, 5] = 2
+    assert drawn(equal, 3, temperature=0.0).tolist() == [5, 5, 5]
 
 
 def test_noise_is_uniform_and_has_no_pattern():
