@@ -207,6 +207,7 @@ def run_all(config: MqarConfig, results: Results, stop: StopSignal) -> bool:
                     record = run.record()
                     results.append(record)
                     bar.write(summary(record, run.config.name()))
+                    run.close()
             late = config.time_limit and time.perf_counter() - started > config.time_limit
             if stop.number or late:
                 for run, _ in active:

@@ -228,10 +228,9 @@ class RecallModel(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the output layer sees: (B, K, d)."""
-        index = positions[..., None].expand(-1, -1, self.embedding.weight.shape[1])
 
         def asked(x: Tensor) -> Tensor:
-            return x.gather(1, index)
+            return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
         def affine(norm: nn.LayerNorm) -> Affine:
             return norm.weight, norm.bias

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -212,6 +213,10 @@ class Run:
             "date": time.strftime("%Y-%m-%d"),
         }
 
+    def close(self):
+        """Frees its graphs and what they hold on to. It takes no step after that."""
+        self.steps, self.evaluate = [], None
+
     def _on_stream(self):
         return torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext()
 
@@ -247,9 +252,13 @@ class Run:
                 return work()
             if graph is None:
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                result = work()
-                graph.capture_end()
+                gc.disable()  # it could find another run's graphs, and freeing them ends a capture
+                try:
+                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                    result = work()
+                    graph.capture_end()
+                finally:
+                    gc.enable()
             graph.replay()
             return result
 

@@ -1,5 +1,6 @@
 """The recall test: its models against plain formulas in fp64, its runs, its results file."""
 
+import gc
 import json
 import math
 
@@ -207,6 +208,29 @@ def test_the_accuracy_is_of_the_weights_of_now(device):
                 for _ in range(20):
                     run.steps[0](rows)
     assert len({tuple(row) for row in seen}) > 1
+
+
+def test_a_run_that_is_over_may_be_freed_while_another_is_captured(device):
+    rows = torch.arange(32, device=device)
+    over, run = (Run(settings(), *data(device), device) for _ in range(2))
+    for _ in range(3):
+        with over._on_stream():
+            over.steps[0](rows)
+    with run._on_stream():
+        run.steps[0](rows)
+    loss = run.model.loss
+
+    def loss_with_a_collection(*batch):
+        if gc.isenabled():  # then it could come at any time
+            gc.collect()
+        return loss(*batch)
+
+    run.model.loss = loss_with_a_collection
+    del over
+    with run._on_stream():
+        for _ in range(3):
+            run.steps[0](rows)
+    assert math.isfinite(run.loss_sum.item()) and gc.isenabled()
 
 
 def test_training_learns_and_is_reproducible():
