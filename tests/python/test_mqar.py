@@ -230,7 +230,7 @@ def test_a_run_that_is_over_may_be_freed_while_another_is_captured(device):
     with run._on_stream():
         for _ in range(3):
             run.steps[0](rows)
-    assert math.isfinite(run.loss_sum.item()) and gc.isenabled()
+        assert math.isfinite(run.loss_sum.item()) and gc.isenabled()
 
 
 def test_training_learns_and_is_reproducible():
