@@ -170,6 +170,15 @@ def test_compiled_training_is_near_the_plain_one(settings, tmp_path, monkeypatch
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_bf16_training_on_cuda_is_near_the_plain_one(settings, tmp_path):
+    common = {"device": "cuda", "precision": "bf16", "steps": 4, "sample_tokens": 0}
+    train.train(settings(tmp_path / "plain", **common))
+    torch.compiler.reset()
+    train.train(settings(tmp_path / "compiled", compile=True, **common))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=2e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
