@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 BLOCK, WARPS = 1024, 4  # tokens and warps of a program of draw()
-ROW_BLOCK, ROW_WARPS = 8192, 32  # tokens at a time and warps of a program of least()
+ROW_BLOCK, ROW_WARPS = 4096, 32  # tokens at a time and warps of a program of least()
 
 
 @triton.jit
