@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from based_model.config import ModelConfig
 from based_model.fused import join_memory, linear, norm_linear, rotate
@@ -190,9 +191,11 @@ class ConvMixer(nn.Module):
         return d_inner * (width - 1) * self.conv_weight.itemsize
 
     def forward(self, x: Tensor, state: LayerState | None, span: Span):
-        # Two products: the gradients of the halves of one would first be copied together.
-        halves = zip(self.in_proj.weight.chunk(2), self.in_proj.bias.chunk(2), strict=True)
-        u, gate = (F.linear(x, weight, bias) for weight, bias in halves)  # (B,T,2*d_model) each
+        if is_compiling():  # for training: the gradients of one product's halves would be copied
+            halves = zip(self.in_proj.weight.chunk(2), self.in_proj.bias.chunk(2), strict=True)
+            u, gate = (F.linear(x, weight, bias) for weight, bias in halves)
+        else:
+            u, gate = self.in_proj(x).chunk(2, -1)  # (B,T,2*d_model) each
         out, conv_state = span.run(
             short_conv,
             u,

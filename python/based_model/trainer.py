@@ -93,8 +93,9 @@ class Trainer:
                 part_loss = self.loss(*part) / config.accumulate
                 part_loss.backward()
             losses.append(part_loss.detach())
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
-        loss = self.ranks.sum(sum(x.item() for x in losses)) / self.ranks.count
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        norm, *losses = torch.stack([norm, *losses]).tolist()  # waits for the GPU, once a step
+        loss = self.ranks.sum(sum(losses)) / self.ranks.count
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._report_non_finite(loss, norm, lr))
         self.optimizer.step()
