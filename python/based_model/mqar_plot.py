@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+PUBLISHED_EPOCHS = 32
 # log2 of the bytes of state, accuracy: read off Figure 2 of the Based paper (arXiv 2402.18668 v2).
 PUBLISHED = {
     "based": [
@@ -71,8 +72,14 @@ def published_accuracy(record: dict) -> float | None:
     return next((accuracy for at, accuracy in points if abs(at - size) < 0.03), None)
 
 
+def shortened(record: dict) -> bool:
+    """Whether a run had fewer epochs than the paper's tasks are learnt in."""
+    return record["run"]["tasks"] == "paper" and record["run"]["epochs"] < PUBLISHED_EPOCHS
+
+
 def plot_results(records: list[dict], file: Path):
-    """Draws ours (dots, a line through the best of at most so many bytes) beside the published.
+    """Draws ours (dots, a line through the best of at most so many bytes; circles after fewer
+    epochs) beside the published.
 
     The published points belong to the paper's tasks and are drawn only beside results on these.
     """
@@ -90,7 +97,14 @@ def plot_results(records: list[dict], file: Path):
     for name in names if published else mixers:
         shade, kind = divmod(names.index(name), 10)
         color = colormaps["tab20"](2 * kind + shade)
-        points = [(r["state_bytes"], r["accuracy"]) for r in best if r["run"]["mixer"] == name]
+        ours = [r for r in best if r["run"]["mixer"] == name]
+        for epochs in sorted({r["run"]["epochs"] for r in ours if shortened(r)}):
+            short = [r for r in ours if r["run"]["epochs"] == epochs]
+            points = [(r["state_bytes"], r["accuracy"]) for r in short]
+            axes.plot(
+                *zip(*points), "o", color=color, mfc="white", label=f"{name}, {epochs} epochs"
+            )
+        points = [(r["state_bytes"], r["accuracy"]) for r in ours if not shortened(r)]
         if points:
             best_yet = [p for p in points if all(p[1] > q[1] for q in points if q[0] < p[0])]
             axes.plot(*zip(*points), "o", color=color, label=name)

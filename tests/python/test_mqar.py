@@ -378,6 +378,14 @@ def test_published_points_belong_to_the_papers_tasks():
     assert published(record("based", 2**14)) is None and published(record("conv", 2**13)) is None
 
 
+def test_fewer_epochs_are_told_from_the_papers():
+    def run(tasks, epochs):
+        return {"run": {"tasks": tasks, "epochs": epochs}}
+
+    assert mqar_plot.shortened(run("paper", 8))
+    assert not mqar_plot.shortened(run("paper", 32)) and not mqar_plot.shortened(run("cpu", 8))
+
+
 def test_a_stop_signal_ends_the_runs(tmp_path):
     config = asked(tmp_path)
     with StopSignal() as stop:
