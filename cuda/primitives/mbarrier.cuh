@@ -22,6 +22,15 @@ struct Mbarrier {
         : "memory");
   }
 
+  // Arrives; the phase ends only when so many bytes of copies have arrived too (sm_90 and up).
+  __device__ __forceinline__ void expect(uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(shared_address(this)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+  }
+
   // Arrives once all cp.async that this thread has started are done.
   __device__ __forceinline__ void arrive_after_copies() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(shared_address(this))

@@ -35,9 +35,16 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   return field(address) | field(k_stride) << 16 | field(mn_stride) << 32;
 }
 
+// The same for a tile of rows of 128 bytes along k, 1024-byte aligned, whose 16-byte chunks are
+// permuted: chunk c of row r lies at c xor r mod 8. A step along k adds its bytes / 16.
+__device__ __forceinline__ uint64_t wgmma_swizzled_descriptor(uint32_t address) {
+  return uint64_t(1024 / 16 | 1u << 30) << 32 | (address / 16 + 65536u);
+}
+
 #define BASED_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define BASED_ACC8(i) BASED_ACC4(i), BASED_ACC4(i + 4)
 #define BASED_ALL4 BASED_ACC4(0)
+#define BASED_ALL8 BASED_ACC8(0)
 #define BASED_ALL12 BASED_ACC8(0), BASED_ACC4(8)
 #define BASED_ALL16 BASED_ACC8(0), BASED_ACC8(8)
 #define BASED_ALL24 BASED_ALL16, BASED_ACC8(16)
@@ -48,6 +55,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
 #define BASED_ALL80 BASED_ALL72, BASED_ACC8(72)
 #define BASED_ALL84 BASED_ALL72, BASED_ACC8(72), BASED_ACC4(80)
 #define BASED_REGS4 "%0,%1,%2,%3"
+#define BASED_REGS8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define BASED_REGS12 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
 #define BASED_REGS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define BASED_REGS24                                                               \
@@ -162,6 +170,41 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t
     static_assert(N == 0, "no wgmma wrapper for this N");
   }
 #undef BASED_WGMMA_SS
+}
+
+// The same with both operands stored as rows of k (k contiguous): d (64, N) (+)= A (64, 16) times
+// the transpose of B (N, 16).
+template <class Element, int kSums>
+__device__ __forceinline__ void wgmma_ss_nt(float (&d)[kSums], uint64_t a, uint64_t b,
+                                            bool accumulate) {
+  constexpr bool kHalf = std::is_same_v<Element, __half>;
+#define BASED_WGMMA_SS_NT(n, regs, type, adesc, bdesc, acc)                           \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #acc                                 \
+               ", 0;\n"                                                               \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type        \
+               " {" BASED_REGS##regs "}, %" #adesc ", %" #bdesc ", p, 1, 1, 0, 0;}\n" \
+               : BASED_ALL##regs                                                      \
+               : "l"(a), "l"(b), "r"(int(accumulate)))
+  if constexpr (kSums == 4 && !kHalf) {
+    BASED_WGMMA_SS_NT(8, 4, "bf16", 4, 5, 6);
+  } else if constexpr (kSums == 4) {
+    BASED_WGMMA_SS_NT(8, 4, "f16", 4, 5, 6);
+  } else if constexpr (kSums == 8 && !kHalf) {
+    BASED_WGMMA_SS_NT(16, 8, "bf16", 8, 9, 10);
+  } else if constexpr (kSums == 8) {
+    BASED_WGMMA_SS_NT(16, 8, "f16", 8, 9, 10);
+  } else if constexpr (kSums == 16 && !kHalf) {
+    BASED_WGMMA_SS_NT(32, 16, "bf16", 16, 17, 18);
+  } else if constexpr (kSums == 16) {
+    BASED_WGMMA_SS_NT(32, 16, "f16", 16, 17, 18);
+  } else if constexpr (kSums == 32 && !kHalf) {
+    BASED_WGMMA_SS_NT(64, 32, "bf16", 32, 33, 34);
+  } else if constexpr (kSums == 32) {
+    BASED_WGMMA_SS_NT(64, 32, "f16", 32, 33, 34);
+  } else {
+    static_assert(kSums == 0, "no wgmma wrapper for this N");
+  }
+#undef BASED_WGMMA_SS_NT
 }
 
 }  // namespace based::cuda

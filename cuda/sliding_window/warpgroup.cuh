@@ -39,27 +39,6 @@ __device__ __forceinline__ uint64_t group_descriptor(uint32_t tile, int offset) 
   return uint64_t(1024 / 16 | 1u << 30) << 32 | (tile + uint32_t(offset) / 16);
 }
 
-// d (64, 64) (+)= A (64, 16) times the transpose of B (64, 16), both in shared memory as rows of k.
-template <class Element>
-__device__ __forceinline__ void wgmma_ss_nt(float (&d)[32], uint64_t a, uint64_t b,
-                                            bool accumulate) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" BASED_REGS32
-        "}, %32, %33, p, 1, 1, 0, 0;}\n"
-        : BASED_ALL32
-        : "l"(a), "l"(b), "r"(int(accumulate)));
-  } else {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" BASED_REGS32
-        "}, %32, %33, p, 1, 1, 0, 0;}\n"
-        : BASED_ALL32
-        : "l"(a), "l"(b), "r"(int(accumulate)));
-  }
-}
-
 // s (64, 64) <- A times the transpose of B.
 template <class Tile>
 __device__ __forceinline__ void group_mma_ABt(float (&s)[32], const Tile& a, const Tile& b) {
