@@ -22,6 +22,7 @@ inline constexpr std::array kCudaOps = {
     "sliding_window_decode",
     "sliding_window_attention",
     "sliding_window_attention_backward",
+    "skinny_linear",
 };
 template <>
 inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> = {
@@ -62,6 +63,8 @@ inline constexpr CudaOp<ShortConvBackwardParams> kCudaOp<ShortConvBackwardParams
 template <>
 inline constexpr CudaOp<ShortConvDecodeParams> kCudaOp<ShortConvDecodeParams> = {
     cuda::short_conv_decode};
+template <>
+inline constexpr CudaOp<SkinnyLinearParams> kCudaOp<SkinnyLinearParams> = {cuda::skinny_linear};
 #else
 inline constexpr std::array<const char*, 0> kCudaOps = {};
 #endif

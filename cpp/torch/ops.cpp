@@ -322,6 +322,21 @@ Tensor short_conv_decode(const Tensor& x, const Tensor& weight, Tensor conv_stat
   return out;
 }
 
+// ---- skinny_linear -----------------------------------------------------------------------------
+
+Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                     bool swiglu) {
+  const int64_t columns = size_of(weight, 0);
+  const Tensor out = empty(x, {size_of(x, 0), swiglu ? columns / 2 : columns}, x.scalar_type());
+  SkinnyLinearParams p;
+  p.x = view(x), p.weight = view(weight), p.bias = view(bias), p.out = view(out);
+  p.swiglu = swiglu;
+  // There is no kernel for the CPU; the check says so.
+  run<SkinnyLinearParams>("skinny_linear", x, p,
+                          [](const SkinnyLinearParams& p, ParallelFor) { return validate(p); });
+  return out;
+}
+
 // The same functions serve both keys: run() follows the tensors.
 void register_implementations(torch::stable::detail::StableLibrary& m) {
   m.impl("taylor_feature_map", TORCH_BOX(&taylor_feature_map));
@@ -337,6 +352,7 @@ void register_implementations(torch::stable::detail::StableLibrary& m) {
   m.impl("short_conv", TORCH_BOX(&short_conv));
   m.impl("short_conv_backward", TORCH_BOX(&short_conv_backward));
   m.impl("short_conv_decode", TORCH_BOX(&short_conv_decode));
+  m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
 }
 
 }  // namespace
@@ -386,6 +402,7 @@ STABLE_TORCH_LIBRARY(based_ops, m) {
   m.def(
       "short_conv_decode(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor? bias, "
       "Tensor? gate, Tensor? state_indices, bool silu) -> Tensor");
+  m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias, bool swiglu) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(based_ops, CPU, m) { based::binding::register_implementations(m); }

@@ -30,8 +30,8 @@ def forbid_grad(op: str, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{op}: {name}: expected a tensor that does not require grad (decode updates "
-                    "its state in place and has no gradient; use torch.no_grad()), "
+                    f"{op}: {name}: expected a tensor that does not require grad (a decode step "
+                    "has no gradient; use torch.no_grad()), "
                     "got requires_grad=True"
                 )
 

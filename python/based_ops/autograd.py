@@ -135,6 +135,11 @@ def _(x, weight, conv_state, bias, gate, state_indices, silu):
     return _like(x)
 
 
+@register_fake("based_ops::skinny_linear")
+def _(x, weight, bias, swiglu):
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if swiglu else 1))
+
+
 # ---- gradients ---------------------------------------------------------------------------------
 
 
@@ -199,7 +204,7 @@ def _no_double_backward(op: str):
     return backward
 
 
-# What the public functions call. The ops that update a state in place have no gradient.
+# What the public functions call. The ops of a decode step have no gradient.
 calls = {
     op: getattr(ops, op).default
     for op in (
@@ -208,6 +213,7 @@ calls = {
         "linear_attention_fold",
         "sliding_window_decode",
         "short_conv_decode",
+        "skinny_linear",
     )
 }
 for _op, _backward, _setup in (

@@ -114,6 +114,18 @@ def short_conv_decode():
         based_ops.short_conv_decode(x, weight, state, gate=gate, state_indices=indices)
 
 
+@torch.no_grad()
+def skinny_linear():
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for dtype, rows in itertools.product((BF16, torch.float16), (3, 9, 32, 64)):
+        x, weight, bias = (
+            draw(*shape, dtype=dtype) for shape in ((rows, 1000), (300, 1000), (300,))
+        )
+        based_ops.skinny_linear(x, weight, bias)
+        based_ops.skinny_linear(x, weight, swiglu=True)
+
+
 CASES = [
     linear_attention,
     linear_attention_decode,
@@ -121,6 +133,7 @@ CASES = [
     sliding_window_decode,
     short_conv,
     short_conv_decode,
+    skinny_linear,
     taylor_feature_map,
 ]
 

@@ -147,4 +147,15 @@ struct ShortConvDecodeParams {
   Activation activation = Activation::kNone;
 };
 
+// out = x weight^T + bias for the few rows of a decode step, or with swiglu value * silu(gate) of
+// that product's columns (value, gate). bfloat16 and float16, on a GPU of compute capability 9.0.
+constexpr int64_t kSkinnyMaxRows = 64;
+struct SkinnyLinearParams {
+  TensorView x;       // (N, K), N <= 64; rows of x and weight start at multiples of 16 bytes
+  TensorView weight;  // (M, K)
+  TensorView bias;    // optional (M,), not with swiglu
+  TensorView out;     // (N, M), or (N, M/2)
+  bool swiglu = false;
+};
+
 }  // namespace based
