@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from based_model.fused import linear, norm_linear, rotary_angles, swiglu_linear
+from based_model.fused import linear, norm_linear, norm_mlp, rotary_angles
 from based_model.sampling import Draws, sample
 
 RESERVE = 3e9  # bytes that a step needs beside weights and caches
@@ -95,8 +95,8 @@ class Step:
             k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
             out = self.attention(q[:, :, None], k, v, scale)[:, :, 0, : self.head_dim]
             update = linear(out.flatten(-2), layer.mixer.out_proj.weight)
-            x, h = norm_linear(x, update, layer.norm2, layer.mlp.fc1.weight)
-            update = swiglu_linear(h, layer.mlp.fc2.weight)
+            fc1, fc2 = layer.mlp.fc1.weight, layer.mlp.fc2.weight
+            x, update = norm_mlp(x, update, layer.norm2, fc1, fc2)
         _, logits = norm_linear(x, update, self.model.norm, self.model.embedding.weight)
         logits = logits[:, : config.vocab_size]
         self.tokens.copy_(sample(logits, self.draws, self.positions, False))

@@ -1,18 +1,21 @@
 """What the model computes between the ops of based_ops: norms, SwiGLU, rotary, and in a decode step
 the projections behind them.
 
-Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile, and for a
-single row, where reading the weights is all there is to do, they are parts of a kernel of our own
-for the product behind them (gemv.py).
+Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile. Where reading
+the weights is all there is to do, the products are kernels of our own: for a single row gemv.py,
+which has the elementwise parts in it; on Hopper, for 2 to 64 rows, based_ops.skinny_linear behind
+norm.py. For more rows, cuBLAS is as fast.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+
+from based_ops import build_info, skinny_linear
 
 
 def compiled_on_gpu(function: Callable) -> Callable:
@@ -92,11 +95,34 @@ def norm_linear(
         first, *rest = weights
         x, out = gemv(x, first, bias, update=update, norm=norm)
         return x, out, *(gemv(x, weight, bias, norm=norm)[1] for weight in rest)
+    x, normed = _norm(x, update, norm)
+    return x, *(linear(normed, weight, bias) for weight in weights)
+
+
+def norm_mlp(
+    x: Tensor, update: Tensor | None, norm: nn.Module, fc1: Tensor, fc2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x + update, swiglu(its RMSNorm times fc1^T) times fc2^T)."""
+    if _single_row(x, fc1):
+        from based_model.gemv import gemv
+
+        x, h = gemv(x, fc1, update=update, norm=norm)
+        return x, gemv(h, fc2, swiglu=True)[1]
+    x, normed = _norm(x, update, norm)
+    few = _few_rows(normed, fc1)
+    h = skinny_linear(normed, fc1, swiglu=True) if few else swiglu(F.linear(normed, fc1))
+    return x, linear(h, fc2)
+
+
+def _norm(x: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(x + update, its RMSNorm), in a decode step."""
+    if _few_rows(x, norm.weight):
+        from based_model.norm import add_norm as early_add_norm
+
+        return early_add_norm(x, update, norm)
     if update is None:
-        normed = rms_norm(x, norm.weight, norm.eps)
-    else:
-        x, normed = add_norm(x, update, norm.weight, norm.eps)
-    return x, *(F.linear(normed, weight, bias) for weight in weights)
+        return x, rms_norm(x, norm.weight, norm.eps)
+    return add_norm(x, update, norm.weight, norm.eps)
 
 
 def join_memory(*weights: nn.Parameter):
@@ -120,24 +146,35 @@ def _joined(weights: tuple[Tensor, ...]) -> Tensor | None:
     return None if len(weights) == 1 else first.as_strided((rows, first.shape[1]), first.stride())
 
 
-def swiglu_linear(h: Tensor, weight: Tensor) -> Tensor:
-    """swiglu(h) times weight^T: (N,2m) -> (N,d)."""
-    if _single_row(h, weight):
-        from based_model.gemv import gemv
-
-        return gemv(h, weight, swiglu=True)[1]
-    return F.linear(swiglu(h), weight)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, for a single row too."""
+    """F.linear, for few rows too: (N,K) times (M,K)^T -> (N,M)."""
     if _single_row(x, weight):
         from based_model.gemv import gemv
 
         return gemv(x, weight, bias)[1]
-    return F.linear(x, weight, bias)
+    return (skinny_linear if _few_rows(x, weight) else F.linear)(x, weight, bias)
+
+
+def _decodes(x: Tensor) -> bool:
+    return x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
 
 
 def _single_row(x: Tensor, weight: Tensor) -> bool:
-    plain = x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
-    return plain and len(x) == 1 and weight.dtype != torch.float64
+    return _decodes(x) and len(x) == 1 and weight.dtype != torch.float64
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether skinny_linear takes the product."""
+    return (
+        _decodes(x)
+        and 1 < len(x) <= 64
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and weight.shape[-1] % 8 == 0
+        and _has_skinny_linear(x.device)
+    )
+
+
+@cache
+def _has_skinny_linear(device: torch.device) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    return capability == (9, 0) and "90a" in build_info()["cuda_architectures"]

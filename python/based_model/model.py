@@ -21,10 +21,10 @@ from based_model.fused import (
     add_norm,
     embed,
     norm_linear,
+    norm_mlp,
     rms_norm,
     rotary_angles,
     swiglu,
-    swiglu_linear,
 )
 from based_model.mixers import MIXERS, LayerState, LinearMixer, Span
 from based_ops import linear_attention_fold
@@ -116,8 +116,8 @@ class Block(nn.Module):
     def decode(self, x: Tensor, update: Tensor | None, state: LayerState, span: Span):
         """forward() for one token per row."""
         x, mixed, state = self.mixer.decode(x, update, self.norm1, state, span)
-        x, h = norm_linear(x, mixed, self.norm2, self.mlp.fc1.weight)
-        return x, swiglu_linear(h, self.mlp.fc2.weight), state
+        x, update = norm_mlp(x, mixed, self.norm2, self.mlp.fc1.weight, self.mlp.fc2.weight)
+        return x, update, state
 
 
 class Based(nn.Module):
