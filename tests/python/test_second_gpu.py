@@ -9,7 +9,7 @@ import torch
 
 import based_ops
 from bad_arguments import arguments
-from based_model import train
+from based_model import Engine, train
 from support import expanded_dim, flatten, randn
 from test_engine import CONTEXT, PATTERNS, Poisoned, plain, requests_of, served, tiny_model
 from test_train_distributed import RUNS, assert_near, torchrun
@@ -24,9 +24,11 @@ OPS = (
     *("linear_attention_decode", "linear_attention_decode_deferred", "linear_attention_fold"),
     *("sliding_window_decode", "short_conv_decode"),
 )
+CALLS = [(op, dtype) for op in OPS for dtype in (F32, BF16)]
+CALLS += [("skinny_linear", BF16), ("skinny_linear", torch.float16)]
 
 
-def call(op, dtype, packed=False):
+def call(op, dtype):
     """Arguments on the CPU, of sizes whose kernels ask for more shared memory than is usual."""
     B, T, H, D, V, W, C, K = 2, 300, 3, 16, 64, 128, 72, 3
     draw = functools.partial(randn, dtype=dtype)
@@ -56,6 +58,7 @@ def call(op, dtype, packed=False):
         },
         "short_conv": {**conv, "initial_state": draw(B, C, K - 1)},
         "short_conv_decode": {**conv, "conv_state": draw(B, C, K - 1)},
+        "skinny_linear": {"x": draw(5, 200), "weight": draw(300, 200), "bias": draw(300)},
     }[op]
 
 
@@ -71,23 +74,24 @@ def results(op, values, device):
     values = {name: on(device, x) for name, x in values.items()}
     leaves = [x for x in flatten([x for x in values.values() if not isinstance(x, (int, str))])]
     leaves = [x for x in leaves if x.is_floating_point()]
-    in_place = "decode" in op or "fold" in op
+    no_grad = op.endswith(("decode", "deferred", "fold", "skinny_linear"))
     for x in leaves:
-        x.requires_grad_(not in_place)
+        x.requires_grad_(not no_grad)
     returned = getattr(based_ops, op)(**values)
     returned = [] if returned is None else flatten(returned)
     assert all(x.device == device for x in returned)
     gradients = []
-    if not in_place:
+    if not no_grad:
         total = sum(x.float().square().sum() for x in returned)
         gradients = torch.autograd.grad(total, leaves)
         assert all(x.device == device for x in gradients)
     return [x.detach().cpu() for x in (*returned, *gradients, *leaves)]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op, dtype", CALLS, ids=str)
 def test_op_on_cuda_1_equals_cuda_0(op, dtype):
+    if op == "skinny_linear" and torch.cuda.get_device_capability(0) != (9, 0):
+        pytest.skip("skinny_linear runs on Hopper")
     values = call(op, dtype)
     assert torch.cuda.current_device() == 0
     expected = results(op, values, FIRST)
@@ -143,6 +147,18 @@ def test_engine_on_cuda_1_equals_the_plain_loop(layers):
     assert torch.cuda.current_device() == 0
     assert got == [plain(first, *request) for request in wanted]
     assert got == [plain(model, *request) for request in wanted]
+
+
+def test_engine_in_bf16_on_cuda_1_equals_cuda_0():
+    """Where a step has kernels of its own for few rows."""
+    wanted = requests_of(6)
+    tokens = [
+        served(
+            Engine(tiny_model(device, dtype=BF16), 4, batch_sizes=[4]), wanted, [0, 0, 1, 4, 4, 9]
+        )
+        for device in (FIRST, SECOND)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 def test_training_on_cuda_1_equals_cuda_0(tmp_path):
