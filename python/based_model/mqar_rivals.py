@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from based_model.config import ConfigError
-from based_model.mqar_models import BaseConv, Select, compiled_for_rows
+from based_model.mqar_models import BaseConv, Select
 from based_ops import short_conv
 
 
@@ -34,33 +34,17 @@ class MambaRival(Rival):
     def forward(self, x: Tensor, select: Select) -> Tensor:
         from fla.ops.hgrn import fused_recurrent_hgrn
 
-        m = self.layer
+        m, dtype = self.layer, x.dtype
         widths = (m.dt_rank, m.ssm_state_size, m.ssm_state_size)
         u, gate = m.in_proj(x).chunk(2, -1)
         u = short_conv(u, m.conv1d.weight[:, 0], m.conv1d.bias, activation="silu")
         dt, b, c = m.x_proj(u).split(widths, -1)
-        dt, b, c, u, gate = (y.flatten(0, 1) for y in (m.dt_proj(dt), b, c, u, gate))
-        inputs, log_decay = (y.view(*x.shape[:2], -1) for y in discretize(dt, u, b, (m.A_log,)))
-        states = fused_recurrent_hgrn(inputs, log_decay)[0].flatten(0, 1)
-        out = read_states(states, c, u, gate, (m.D,))
-        return m.out_proj(select(out.view(*x.shape[:2], -1)).to(x.dtype))
-
-
-@compiled_for_rows
-def discretize(dt: Tensor, u: Tensor, b: Tensor, a_log: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a Mamba's states (R, C N) take in, and the logs of their decays, in fp32.
-
-    dt before the softplus and u are (R, C), b (R, N), a_log (C, N).
-    """
-    dt = F.softplus(dt.float())[..., None]
-    return (dt * u[..., None] * b[:, None]).flatten(1), (dt * -a_log[0].exp()).flatten(1)
-
-
-@compiled_for_rows
-def read_states(states: Tensor, c: Tensor, u: Tensor, gate: Tensor, skip: tuple[Tensor]) -> Tensor:
-    """A Mamba's gated output (R, C)."""
-    out = (states.view(*u.shape, -1) * c[:, None]).sum(-1) + skip[0] * u
-    return out * F.silu(gate)
+        dt = F.softplus(m.dt_proj(dt).float())[..., None]
+        log_decay = dt * -m.A_log.exp()  # (B, L, C, N), as are the states
+        inputs = dt * u[..., None] * b[:, :, None]
+        states, _ = fused_recurrent_hgrn(inputs.flatten(2), log_decay.flatten(2))
+        out = (states.view_as(inputs) * c[:, :, None]).sum(-1) + m.D * u
+        return m.out_proj(select(out * F.silu(gate)).to(dtype))
 
 
 class Mamba2Rival(Rival):
