@@ -89,6 +89,9 @@ class Engine:
         self.sent: deque = deque()  # tokens on their way to the host
         self.graphs: dict = {}
         self.memory = None  # that the graphs share: one runs at a time
+        if self.device.type == "cuda":
+            # To capture them on: torch's own is of the GPU that was current at its first capture.
+            self.stream = torch.cuda.Stream(self.device)
 
     # ---- what a user calls ---------------------------------------------------------------------
 
@@ -287,13 +290,13 @@ class Engine:
     def _graph(self, *step) -> torch.cuda.CUDAGraph:
         """The graph of a step, captured when it is first needed."""
         if step not in self.graphs:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):  # compiles, and has libraries choose their kernels
+            current = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):  # compiles, and has libraries choose their kernels
                 self._decode(*step, idle=True)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+            current.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory):
+            with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
                 self._decode(*step)
             self.graphs[step], self.memory = graph, graph.pool()
         return self.graphs[step]
