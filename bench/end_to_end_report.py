@@ -1,6 +1,7 @@
 """Results of end_to_end.py -> markdown tables for RESULTS.md and README, and one figure."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from based_model import PRESETS, Based
@@ -74,8 +75,8 @@ def markdown(results: dict, figure: str) -> str:
     cells, ceilings = results["cells"], results["ceilings"]
     parts = [
         f"## {results['machine']['name']}, end to end",
-        f"torch {results['machine']['torch']}, {every(cells, 'date')}, commit "
-        f"{every(cells, 'commit')}. Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
+        f"torch {results['machine']['torch']}, {every(cells, 'date')}, commit {commits(cells)}. "
+        f"Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
         f"{max(ceilings['gemm_tflop_s'].values()):.0f} TFLOP/s.",
         NOTES,
         table(target_rows(cells)),
@@ -83,6 +84,7 @@ def markdown(results: dict, figure: str) -> str:
         table(decode_rows(cells, ceilings)),
         table(prefill_rows(cells)),
         table(train_rows(cells)),
+        remarks(cells),
         *(profile(cell) for cell in cells.values() if "kernels" in cell),
         *(f"LEFT OUT, {name}: {c['failure']}" for name, c in cells.items() if "failure" in c),
     ]
@@ -108,12 +110,29 @@ def readme(results: dict, figure: str) -> str:
     machine, date = results["machine"], every(cells, "date")
     where = f"{machine['name']}, torch {machine['torch']}, {date}"
     picture = f"![Throughput and memory]({figure})"
-    parts = [f"{where}, bf16:", table(rows), table(train_rows(cells)), picture]
+    parts = [f"{where}, bf16:", table(rows), table(train_rows(cells)), remarks(cells), picture]
     return "\n\n".join(part for part in parts if part)
 
 
 def every(cells: dict, key: str) -> str:
     return ", ".join(sorted({cell[key] for cell in cells.values()}))
+
+
+def remarks(cells: dict) -> str:
+    """What has been written by hand into the cells about them."""
+    found = [f"- {name}: {cell['remark']}" for name, cell in cells.items() if "remark" in cell]
+    return "\n".join(found)
+
+
+def commits(cells: dict) -> str:
+    """The commit of most cells, and which cells are of another."""
+    counts = Counter(cell["commit"] for cell in cells.values())
+    (main, _), *others = counts.most_common()
+    parts = [
+        f"{commit} ({', '.join(name for name, c in cells.items() if c['commit'] == commit)})"
+        for commit, _ in others
+    ]
+    return ", ".join([main, *parts])
 
 
 def find(cells: dict, work: str, model: str, batch, length: int) -> dict | None:
