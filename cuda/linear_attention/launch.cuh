@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <utility>
 
 #include "based/ops.h"
 #include "linear_attention/forward.cuh"
 #include "linear_attention/increment_roles.cuh"
+#include "primitives/device.h"
 #include "primitives/dispatch.h"
 #include "validate.h"
 
@@ -149,24 +149,6 @@ inline Status too_large(const char* op) {
                      op);
 }
 
-// Whether the current device gives a kernel's blocks so much dynamic shared memory. More than 48 KB
-// has to be asked for; that takes a tenth of a launch's time, so a thread asks once.
-inline bool allow_shared(const void* kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return true;
-  thread_local std::map<std::pair<const void*, int>, size_t> allowed;  // of a kernel on a device
-  int device = 0;
-  cudaGetDevice(&device);
-  size_t& most = allowed[{kernel, device}];
-  if (bytes <= most) return true;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(bytes)) != cudaSuccess) {
-    cudaGetLastError();
-    return false;
-  }
-  most = bytes;
-  return true;
-}
-
 // One launch; `blocks` 0 launches nothing.
 template <class... Parameters, class... Values>
 Status launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads,
@@ -182,19 +164,6 @@ Status launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
       values...);
   return launch_status(op);
-}
-
-// Whether the GPU runs the code for sm_90a, if this build has any.
-inline bool runs_wgmma() {
-#ifdef BASED_CUDA_SM90A
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-#else
-  return false;
-#endif
 }
 
 template <class Tr>

@@ -11,8 +11,7 @@ namespace based::cuda {
 // How long a copied line stays in L2: an opaque number of the instruction set.
 enum class Keep : uint64_t {
   kShort = 0x12F0000000000000,  // read once: the first to go
-  kNormal = 0x1000000000000000,
-  kLong = 0x14F0000000000000,  // read by many: the last to go
+  kLong = 0x14F0000000000000,   // read by many: the last to go
 };
 
 // tile <- the box at (row, column). The barrier expects its bytes (Mbarrier::expect).

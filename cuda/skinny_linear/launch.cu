@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "based/ops.h"
+#include "primitives/device.h"
 #include "primitives/dispatch.h"
 #include "primitives/tensor_map.h"
 #include "skinny_linear/kernel.cuh"
@@ -10,22 +11,6 @@ namespace based::cuda {
 namespace {
 
 constexpr const char* kOp = "skinny_linear";
-
-Status check_device() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-#ifdef BASED_CUDA_SM90A
-  if (major == 9 && minor == 0) return {};
-  return make_status(StatusCode::kUnsupported,
-                     "%s: device: expected a GPU of compute capability 9.0, got %d.%d", kOp, major,
-                     minor);
-#else
-  return make_status(StatusCode::kUnsupported,
-                     "%s: device: expected a build for sm_90a, got one without", kOp);
-#endif
-}
 
 // fn(the smallest number of rows, as a constant, that a kernel has for so many)
 template <class Fn>
@@ -54,7 +39,11 @@ Status launch(const SkinnyLinearParams& p, SkinnyArgs a, Stream stream) {
   }
   const auto kernel = skinny_linear_kernel<Element, kRows, kSwiglu>;
   constexpr int kBytes = sizeof(SkinnyShared<kRows>);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (!allow_shared(reinterpret_cast<const void*>(kernel), kBytes)) {
+    return make_status(StatusCode::kUnsupported,
+                       "%s: device: expected %d bytes of shared memory for a block, got less", kOp,
+                       kBytes);
+  }
   launch_clusters<CUtensorMap, CUtensorMap, SkinnyArgs>(kernel, tiles, a.splits, kSkinnyThreads,
                                                         kBytes, static_cast<cudaStream_t>(stream),
                                                         weight, x, a);
@@ -67,8 +56,13 @@ Status skinny_linear(const SkinnyLinearParams& p, void*, Stream stream) {
   Status status = validate(p);
   if (!status.ok()) return status;
   if (p.out.size[0] == 0 || p.out.size[1] == 0) return {};
-  status = check_device();
-  if (!status.ok()) return status;
+  if (!runs_wgmma()) {
+    return make_status(
+        StatusCode::kUnsupported,
+        "%s: device: expected a GPU of compute capability 9.0 and a build for sm_90a, "
+        "got another",
+        kOp);
+  }
   if (std::max(p.weight.size[0], p.weight.size[1]) > 1 << 24) {
     return make_status(StatusCode::kUnsupported,
                        "%s: weight: expected at most 2^24 rows and columns, got more", kOp);

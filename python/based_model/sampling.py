@@ -91,6 +91,7 @@ def _draw(
     positions: Tensor,
     likely: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
+    """Of all tokens, or given (probs, p) of those that are at least as likely as p: (N,)."""
     # The largest of logits / temperature + Gumbel noise is a draw from their softmax; times
     # temperature that is the likeliest token at temperature 0.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

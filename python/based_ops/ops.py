@@ -360,7 +360,7 @@ def skinny_linear(
     """A linear layer for the few rows of a decode step, where reading the weights takes the time.
 
     It begins to read weight and bias while the kernels before it still run: none that runs directly
-    before may write them.
+    before may write them. So autocast casts x alone.
 
     Args:
         x: (N, K), bfloat16 or float16, N <= 64.
@@ -381,5 +381,5 @@ def skinny_linear(
     """
     op = "skinny_linear"
     forbid_grad(op, x=x, weight=weight, bias=bias)
-    x, weight, bias = autocast(x, weight, bias)
+    (x,) = autocast(x)
     return calls[op](x, weight, bias, swiglu)

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import based_ops
+from based_ops import ops
 
 BF16 = torch.bfloat16
 
@@ -47,3 +48,13 @@ def test_shape_of_the_fake(swiglu, columns):
     with FakeTensorMode():
         out = based_ops.skinny_linear(empty(2, 8), empty(6, 8), swiglu=swiglu)
     assert out.shape == (2, columns) and out.dtype == BF16
+
+
+def test_autocast_casts_x_alone(monkeypatch):
+    """A weight that was cast would be written right before the op, which reads it early."""
+    seen = []
+    monkeypatch.setitem(ops.calls, "skinny_linear", lambda *args: seen.append(args))
+    wide = {"dtype": torch.float32}
+    with torch.autocast("cpu", BF16):
+        based_ops.skinny_linear(empty(2, 8, **wide), empty(6, 8, **wide), empty(6, **wide))
+    assert [x.dtype for x in seen[0][:3]] == [BF16, torch.float32, torch.float32]
