@@ -53,5 +53,7 @@ int64_t short_conv_backward_workspace_size(const ShortConvBackwardParams&);
 Status short_conv_backward(const ShortConvBackwardParams&, void* workspace, Stream);
 Status short_conv_decode(const ShortConvDecodeParams&, void* workspace, Stream);
 Status skinny_linear(const SkinnyLinearParams&, void* workspace, Stream);
+int64_t decode_block_workspace_size(const DecodeBlockParams&);
+Status decode_block(const DecodeBlockParams&, void* workspace, Stream);
 
 }  // namespace based::cuda

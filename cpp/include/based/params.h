@@ -158,4 +158,28 @@ struct SkinnyLinearParams {
   bool swiglu = false;
 };
 
+// What lies between the token mixers of two layers, for the few rows of a decode step:
+//   x += mixed out_weight^T + out_bias
+//   x += (value * silu(gate)) fc2^T, (value, gate) = rms_norm(x, norm) fc1^T
+//   out = rms_norm(x, next_norm) next_weight^T + next_bias
+// bfloat16 but for x, on a GPU of compute capability 9.0.
+constexpr int64_t kDecodeBlockMaxRows = 128;
+constexpr int64_t kDecodeBlockCounters = 8;
+struct DecodeBlockParams {
+  TensorView mixed;  // (N, K), N <= 128; rows of it and of weights start at multiples of 16 bytes
+  TensorView x;      // (N, d) float32
+  TensorView out_weight;   // (d, K)
+  TensorView out_bias;     // optional (d,)
+  TensorView norm;         // (d,)
+  TensorView fc1;          // (2m, d): rows of values, then those of gates
+  TensorView fc2;          // (d, m)
+  TensorView next_norm;    // (d,)
+  TensorView next_weight;  // (M, d)
+  TensorView next_bias;    // optional (M,)
+  TensorView counters;  // (8,) int32, zero before and after; not shared by calls that may overlap
+  TensorView x_out;     // (N, d) float32
+  TensorView out;       // (N, M)
+  double eps = 1e-5;
+};
+
 }  // namespace based
