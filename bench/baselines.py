@@ -225,3 +225,9 @@ def conv_decode(x, weight, conv_state, gate):
     window = torch.cat([conv_state, x[..., None]], -1)
     conv_state.copy_(window[..., 1:])
     return F.silu((window * weight).sum(-1)) * gate
+
+
+def linear_swiglu(x, weight):
+    """value * silu(gate) of x weight^T = (value, gate): (N, K), (2M, K) -> (N, M)."""
+    value, gate = F.linear(x, weight).chunk(2, -1)
+    return value * F.silu(gate)

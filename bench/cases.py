@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import based_ops
 import baselines
@@ -261,6 +262,26 @@ def taylor_feature_map(
         oracle.plain(reference.taylor_feature_map, work != "forward"),
         _implementations(work, Implementation(OURS, based_ops.taylor_feature_map), others),
         bytes=_bytes(rows * feature_dim, rows * _expanded(feature_dim), dtype, work),
+        **targets,
+    )
+
+
+def skinny_linear(rows, width, columns, dtype, device, others, swiglu=False, **targets):
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        return draw(rows, width), draw(columns, width) / width**0.5
+
+    features = columns // 2 if swiglu else columns
+    return Case(
+        "skinny_linear",
+        "decode",
+        f"B{rows} {width} to {columns}" + (" swiglu" if swiglu else ""),
+        dtype,
+        inputs,
+        oracle.plain(baselines.linear_swiglu if swiglu else F.linear),
+        [Implementation(OURS, partial(based_ops.skinny_linear, swiglu=swiglu)), *others],
+        bytes=(rows * (width + features) + columns * width) * dtype.itemsize,
+        flops=rows * 2 * width * columns,
         **targets,
     )
 

@@ -47,7 +47,7 @@ bytes of weights and states that a step must move, at the speed of a copy. ^ the
 layers do not fit this card: layers take turns with those that do, which takes the same time. x:
 that model's time a token over Based's at equal batch (max: each at its own) and length. samples:
 repetitions of which the median is shown; one of a decode step is 16 steps, or all 1,024 of a
-text; of the Transformer's 4 replays."""
+text; of the Transformer's 4 replays, or one that reads 2^19 cached tokens or more."""
 
 
 def render(path: Path) -> str:

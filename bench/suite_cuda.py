@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import baselines
 import baselines_cuda as gpu
@@ -17,6 +18,7 @@ def cases():
         *linear_attention_decode(bf16),
         *sliding_window(bf16),
         *short_conv(bf16),
+        *skinny_linear(bf16),
         *taylor_feature_map(bf16),
     ]
 
@@ -115,6 +117,16 @@ def short_conv(bf16):
         build.in_place("torch.compile", gpu.compiled(baselines.conv_decode), 2),
     ]
     yield build.short_conv_decode(128, 3584, 3, others=steps, **bf16)
+
+
+def skinny_linear(bf16):
+    """The products of an MLP; a graph is a chain of them, each with weights of its own."""
+    cublas = Implementation("cuBLAS", F.linear)
+    swiglu = Implementation("cuBLAS, compiled SwiGLU", gpu.compiled(baselines.linear_swiglu))
+    for rows in (8, 32, 64):
+        case = partial(build.skinny_linear, rows, **bf16)
+        yield case(1792, 7168, others=[swiglu], swiglu=True)
+        yield case(3584, 1792, others=[cublas])
 
 
 def taylor_feature_map(bf16):

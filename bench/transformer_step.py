@@ -18,6 +18,7 @@ from based_model.fused import linear, norm_linear, norm_mlp, rotary_angles
 from based_model.sampling import Draws, sample
 
 RESERVE = 3e9  # bytes that a step needs beside weights and caches
+LONG = 1 << 19  # tokens in the caches from which on one step is long enough to be timed alone
 
 
 def backends():
@@ -161,9 +162,8 @@ def measure(model, cell, repeat, generated) -> dict:
 
 
 def _replayed(step: Step, repeat, rows: int) -> dict:
-    graph, many = captured(step), 4
-    figures = repeat(lambda: [graph.replay() for _ in range(many)], many, rows)
-    return figures
+    graph, many = captured(step), 4 if rows * step.context < LONG else 1
+    return repeat(lambda: [graph.replay() for _ in range(many)], many, rows)
 
 
 def captured(run) -> torch.cuda.CUDAGraph:
