@@ -331,39 +331,4 @@ Status validate(const ShortConvDecodeParams& p) {
   return check.status();
 }
 
-Status validate(const SkinnyLinearParams& p) {
-  Checker check("skinny_linear", p.x, "x");
-  check.first("(N, K)", {kAny, kAny});
-  if (!check.ok()) return check.status();
-  const DType dtype = p.x.dtype;
-  if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-    check.fail("x", "bfloat16 or float16", name(dtype));
-  }
-  if (p.x.device.type != DeviceType::kCuda) {
-    check.fail("x", "a tensor on a GPU", device_text(p.x.device).chars);
-  }
-  const int64_t rows = p.x.size[0], width = p.x.size[1];
-  check.require(rows <= kSkinnyMaxRows, "x", "at most 64 rows", double(rows));
-  check.require(width >= 1, "x", "K >= 1", double(width));
-  check.same("weight", p.weight, "(M, K)", {kAny, width});
-  if (!check.ok()) return check.status();
-  const int64_t columns = p.weight.size[0];
-  const auto rows_are_aligned = [&](const char* argument, const TensorView& view) {
-    const bool several = view.size[0] > 1;
-    const bool strided = several && (view.stride[0] < view.size[1] || view.stride[0] % 8 != 0);
-    if (strided || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) {
-      check.fail(argument, "rows that start at multiples of 16 bytes and do not overlap", "others");
-    }
-  };
-  rows_are_aligned("x", p.x);
-  rows_are_aligned("weight", p.weight);
-  if (p.swiglu) {
-    check.require(columns % 2 == 0, "weight", "an even M with swiglu", double(columns));
-    check.require(!given(p.bias), "bias", "none with swiglu", 1);
-  }
-  if (given(p.bias)) check.same("bias", p.bias, "(M,)", {columns});
-  check.same("out", p.out, "(N, M) or (N, M/2)", {rows, p.swiglu ? columns / 2 : columns});
-  return check.status();
-}
-
 }  // namespace based

@@ -22,6 +22,7 @@ Status validate(const ShortConvParams&);
 Status validate(const ShortConvBackwardParams&);
 Status validate(const ShortConvDecodeParams&);
 Status validate(const SkinnyLinearParams&);
+Status validate(const DecodeBlockParams&);
 
 // The values of the index tensors of validated params. Reads them, so they must lie in host memory:
 // the GPU's caller puts copies into the params first. They are the tensors index_tensors() lists.
@@ -38,6 +39,7 @@ Status validate_indices(const ShortConvParams&);
 Status validate_indices(const ShortConvBackwardParams&);
 Status validate_indices(const ShortConvDecodeParams&);
 Status validate_indices(const SkinnyLinearParams&);
+Status validate_indices(const DecodeBlockParams&);
 
 constexpr int kMaxIndexTensors = 2;
 using IndexTensors = std::array<TensorView*, kMaxIndexTensors>;  // null past the last one
@@ -59,6 +61,7 @@ inline IndexTensors index_tensors(SlidingWindowDecodeParams& p) {
 inline IndexTensors index_tensors(ShortConvParams& p) { return {&p.cu_seqlens}; }
 inline IndexTensors index_tensors(ShortConvDecodeParams& p) { return {&p.state_indices}; }
 inline IndexTensors index_tensors(SkinnyLinearParams&) { return {}; }
+inline IndexTensors index_tensors(DecodeBlockParams&) { return {}; }
 
 // A Status with a printf-style message "<op>: <argument>: expected ..., got ...".
 Status make_status(StatusCode code, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -78,6 +78,8 @@ Status first_failure(const Status& a, const Status& b) { return a.ok() ? b : a; 
 Status validate_indices(const TaylorFeatureMapParams&) { return {}; }
 Status validate_indices(const SkinnyLinearParams&) { return {}; }
 
+Status validate_indices(const DecodeBlockParams&) { return {}; }
+
 Status validate_indices(const LinearAttentionParams& p) {
   return check_cu_seqlens("linear_attention", p.cu_seqlens, p.q.size[1]);
 }

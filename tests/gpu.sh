@@ -56,7 +56,7 @@ for part in "${parts[@]}"; do
         # The roles of the window's forward meet at one barrier from two places. PTX allows that, synccheck ends
         # the kernel with an error.
         [ $tool = synccheck ] && ops=${OPS:-linear_attention linear_attention_decode sliding_window_decode \
-          short_conv short_conv_decode skinny_linear taylor_feature_map}
+          short_conv short_conv_decode skinny_linear decode_block taylor_feature_map}
         # shellcheck disable=SC2086
         step $tool "SUMMARY" \
           compute-sanitizer --tool $tool --error-exitcode 1 python3 tests/python/small_cases.py $ops

@@ -23,6 +23,7 @@ inline constexpr std::array kCudaOps = {
     "sliding_window_attention",
     "sliding_window_attention_backward",
     "skinny_linear",
+    "decode_block",
 };
 template <>
 inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> = {
@@ -65,6 +66,9 @@ inline constexpr CudaOp<ShortConvDecodeParams> kCudaOp<ShortConvDecodeParams> = 
     cuda::short_conv_decode};
 template <>
 inline constexpr CudaOp<SkinnyLinearParams> kCudaOp<SkinnyLinearParams> = {cuda::skinny_linear};
+template <>
+inline constexpr CudaOp<DecodeBlockParams> kCudaOp<DecodeBlockParams> = {
+    cuda::decode_block, cuda::decode_block_workspace_size};
 #else
 inline constexpr std::array<const char*, 0> kCudaOps = {};
 #endif

@@ -337,6 +337,28 @@ Tensor skinny_linear(const Tensor& x, const Tensor& weight, const OptionalTensor
   return out;
 }
 
+// ---- decode_block ------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> decode_block(const Tensor& mixed, const Tensor& x,
+                                        const Tensor& out_weight, const OptionalTensor& out_bias,
+                                        const Tensor& norm, const Tensor& fc1, const Tensor& fc2,
+                                        const Tensor& next_norm, const Tensor& next_weight,
+                                        const OptionalTensor& next_bias, Tensor counters,
+                                        double eps) {
+  const Tensor x_out = fresh_like(x);
+  const Tensor out = empty(mixed, {size_of(x, 0), size_of(next_weight, 0)}, mixed.scalar_type());
+  DecodeBlockParams p;
+  p.mixed = view(mixed), p.x = view(x), p.x_out = view(x_out), p.out = view(out);
+  p.out_weight = view(out_weight), p.out_bias = view(out_bias), p.norm = view(norm);
+  p.fc1 = view(fc1), p.fc2 = view(fc2), p.next_norm = view(next_norm);
+  p.next_weight = view(next_weight), p.next_bias = view(next_bias);
+  p.counters = view(counters), p.eps = eps;
+  // As with skinny_linear, the check says that there is no kernel for the CPU.
+  run<DecodeBlockParams>("decode_block", mixed, p,
+                         [](const DecodeBlockParams& p, ParallelFor) { return validate(p); });
+  return {x_out, out};
+}
+
 // The same functions serve both keys: run() follows the tensors.
 void register_implementations(torch::stable::detail::StableLibrary& m) {
   m.impl("taylor_feature_map", TORCH_BOX(&taylor_feature_map));
@@ -353,6 +375,7 @@ void register_implementations(torch::stable::detail::StableLibrary& m) {
   m.impl("short_conv_backward", TORCH_BOX(&short_conv_backward));
   m.impl("short_conv_decode", TORCH_BOX(&short_conv_decode));
   m.impl("skinny_linear", TORCH_BOX(&skinny_linear));
+  m.impl("decode_block", TORCH_BOX(&decode_block));
 }
 
 }  // namespace

@@ -46,4 +46,8 @@ STABLE_TORCH_LIBRARY(based_ops, m) {
       "short_conv_decode(Tensor x, Tensor weight, Tensor(a!) conv_state, Tensor? bias, "
       "Tensor? gate, Tensor? state_indices, bool silu) -> Tensor");
   m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias, bool swiglu) -> Tensor");
+  m.def(
+      "decode_block(Tensor mixed, Tensor x, Tensor out_weight, Tensor? out_bias, "
+      "Tensor norm_weight, Tensor fc1, Tensor fc2, Tensor next_norm_weight, Tensor next_weight, "
+      "Tensor? next_bias, Tensor(a!) counters, float eps) -> (Tensor, Tensor)");
 }

@@ -24,15 +24,16 @@ from based_ops.ops import (
     linear_attention_fold,
     short_conv,
     short_conv_decode,
-    skinny_linear,
     sliding_window_attention,
     sliding_window_decode,
     taylor_feature_map,
 )
+from based_ops.products import decode_block, skinny_linear
 
 __version__ = _C.build_info()["version"]
 __all__ = [
     "build_info",
+    "decode_block",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_decode_deferred",

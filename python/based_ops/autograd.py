@@ -140,6 +140,24 @@ def _(x, weight, bias, swiglu):
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if swiglu else 1))
 
 
+@register_fake("based_ops::decode_block")
+def _(
+    mixed,
+    x,
+    out_weight,
+    out_bias,
+    norm_weight,
+    fc1,
+    fc2,
+    next_norm_weight,
+    next_weight,
+    next_bias,
+    counters,
+    eps,
+):
+    return _like(x), mixed.new_empty(x.shape[0], next_weight.shape[0])
+
+
 # ---- gradients ---------------------------------------------------------------------------------
 
 
@@ -214,6 +232,7 @@ calls = {
         "sliding_window_decode",
         "short_conv_decode",
         "skinny_linear",
+        "decode_block",
     )
 }
 for _op, _backward, _setup in (

@@ -352,34 +352,3 @@ def short_conv_decode(
     forbid_grad(op, x=x, weight=weight, conv_state=conv_state, bias=bias, gate=gate)
     x, weight, bias, gate = autocast(x, weight, bias, gate)
     return calls[op](x, weight, conv_state, bias, gate, state_indices, silu)
-
-
-def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False
-) -> Tensor:
-    """A linear layer for the few rows of a decode step, where reading the weights takes the time.
-
-    It begins to read weight and bias while the kernels before it still run: none that runs directly
-    before may write them. So autocast casts x alone.
-
-    Args:
-        x: (N, K), bfloat16 or float16, N <= 64.
-        weight: (M, K) and bias (M,) in x's dtype. Rows of x and weight start at multiples of 16
-            bytes.
-        swiglu: the product's columns are (value, gate), and value * silu(gate) is returned; without
-            a bias.
-
-    Returns:
-        x weight^T + bias, (N, M), or with swiglu (N, M / 2), in x's dtype. Sums are float32 and
-        rounded once, value and gate not at all. A row depends on no other row, and is bitwise the
-        same for every N of one of the ranges up to 8, 16, 32 and 64.
-
-    Raises:
-        RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
-            a GPU whose compute capability is not 9.0 (there is no kernel for others, and none for
-            CPUs), or when grad is enabled and an input requires it.
-    """
-    op = "skinny_linear"
-    forbid_grad(op, x=x, weight=weight, bias=bias)
-    (x,) = autocast(x)
-    return calls[op](x, weight, bias, swiglu)

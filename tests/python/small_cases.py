@@ -126,7 +126,31 @@ def skinny_linear():
         based_ops.skinny_linear(x, weight, swiglu=True)
 
 
+@torch.no_grad()
+def decode_block():
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    counters = torch.zeros(8, dtype=torch.int32, device="cuda")
+    for rows, d, width, m, columns in (
+        (1, 8, 8, 8, 1),
+        (3, 136, 200, 200, 333),
+        (9, 200, 72, 8, 2),
+        (33, 72, 144, 264, 130),
+        (128, 264, 136, 328, 520),
+    ):
+        mixed, out_weight, fc1, fc2, next_weight = (
+            draw(*shape, dtype=BF16)
+            for shape in ((rows, width), (d, width), (2 * m, d), (d, m), (columns, d))
+        )
+        x, norm, bias = draw(rows, d, dtype=F32), draw(d, dtype=BF16), draw(d, dtype=BF16)
+        weights = out_weight, norm, fc1, fc2, norm, next_weight
+        based_ops.decode_block(mixed, x, *weights, counters)
+        options = {"out_bias": bias, "next_bias": draw(columns, dtype=BF16)}
+        based_ops.decode_block(mixed, x, *weights, counters, **options)
+
+
 CASES = [
+    decode_block,
     linear_attention,
     linear_attention_decode,
     sliding_window_attention,

@@ -1,0 +1,90 @@
+// Arguments of the matrix products of a decode step.
+#include "checker.h"
+
+namespace based {
+namespace {
+
+// Matrices of 2-byte elements that the copy engine reads.
+void check_aligned_rows(Checker& check, const char* argument, const TensorView& view) {
+  const bool several = view.size[0] > 1;
+  const bool strided = several && (view.stride[0] < view.size[1] || view.stride[0] % 8 != 0);
+  if (strided || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) {
+    check.fail(argument, "rows that start at multiples of 16 bytes and do not overlap", "others");
+  }
+}
+
+}  // namespace
+
+Status validate(const SkinnyLinearParams& p) {
+  Checker check("skinny_linear", p.x, "x");
+  check.first("(N, K)", {kAny, kAny});
+  if (!check.ok()) return check.status();
+  const DType dtype = p.x.dtype;
+  if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
+    check.fail("x", "bfloat16 or float16", name(dtype));
+  }
+  if (p.x.device.type != DeviceType::kCuda) {
+    check.fail("x", "a tensor on a GPU", device_text(p.x.device).chars);
+  }
+  const int64_t rows = p.x.size[0], width = p.x.size[1];
+  check.require(rows <= kSkinnyMaxRows, "x", "at most 64 rows", double(rows));
+  check.require(width >= 1, "x", "K >= 1", double(width));
+  check.same("weight", p.weight, "(M, K)", {kAny, width});
+  if (!check.ok()) return check.status();
+  const int64_t columns = p.weight.size[0];
+  check_aligned_rows(check, "x", p.x);
+  check_aligned_rows(check, "weight", p.weight);
+  if (p.swiglu) {
+    check.require(columns % 2 == 0, "weight", "an even M with swiglu", double(columns));
+    check.require(!given(p.bias), "bias", "none with swiglu", 1);
+  }
+  if (given(p.bias)) check.same("bias", p.bias, "(M,)", {columns});
+  check.same("out", p.out, "(N, M) or (N, M/2)", {rows, p.swiglu ? columns / 2 : columns});
+  return check.status();
+}
+
+Status validate(const DecodeBlockParams& p) {
+  Checker check("decode_block", p.mixed, "mixed");
+  check.first("(N, K)", {kAny, kAny});
+  if (!check.ok()) return check.status();
+  if (p.mixed.dtype != DType::kBFloat16) check.fail("mixed", "bfloat16", name(p.mixed.dtype));
+  const int64_t rows = p.mixed.size[0], width = p.mixed.size[1];
+  check.require(rows <= kDecodeBlockMaxRows, "mixed", "at most 128 rows", double(rows));
+  check.require(width >= 1, "mixed", "K >= 1", double(width));
+  check.wide("x", p.x, "(N, d)", {rows, kAny});
+  if (!check.ok()) return check.status();
+  // A size that its tensor does not have is 0 here; the check of the shape says so.
+  const int64_t d = p.x.size[1], m = p.fc1.size[0] / 2, columns = p.next_weight.size[0];
+  const auto in_eights = [&](const char* argument, const char* expected, int64_t size) {
+    check.require(size >= 8 && size % 8 == 0, argument, expected, double(size));
+  };
+  in_eights("x", "d a multiple of 8, at least 8", d);
+  check.require(rows <= 1 || p.x.stride[0] >= d, "x", "rows that do not overlap",
+                double(p.x.stride[0]));
+  check.same("out_weight", p.out_weight, "(d, K)", {d, width});
+  if (given(p.out_bias)) check.same("out_bias", p.out_bias, "(d,)", {d});
+  check.same("norm_weight", p.norm, "(d,)", {d});
+  check.same("fc1", p.fc1, "(2m, d)", {2 * m, d});
+  in_eights("fc1", "m a multiple of 8, at least 8", m);
+  check.same("fc2", p.fc2, "(d, m)", {d, m});
+  check.same("next_norm_weight", p.next_norm, "(d,)", {d});
+  check.same("next_weight", p.next_weight, "(M, d)", {columns, d});
+  check.require(columns >= 1, "next_weight", "M >= 1", double(columns));
+  if (given(p.next_bias)) check.same("next_bias", p.next_bias, "(M,)", {columns});
+  check_aligned_rows(check, "mixed", p.mixed);
+  check_aligned_rows(check, "out_weight", p.out_weight);
+  check_aligned_rows(check, "fc1", p.fc1);
+  check_aligned_rows(check, "fc2", p.fc2);
+  check_aligned_rows(check, "next_weight", p.next_weight);
+  check.index("counters", p.counters, "(8,)", {kDecodeBlockCounters});
+  if (p.counters.dtype != DType::kInt32) check.fail("counters", "int32", name(p.counters.dtype));
+  check.require(p.eps >= 0, "eps", "a number >= 0", p.eps);
+  check.wide("x_out", p.x_out, "(N, d)", {rows, d});
+  check.same("out", p.out, "(N, M)", {rows, columns});
+  if (p.mixed.device.type != DeviceType::kCuda) {
+    check.fail("mixed", "a tensor on a GPU", device_text(p.mixed.device).chars);
+  }
+  return check.status();
+}
+
+}  // namespace based

@@ -1,0 +1,117 @@
+"""Matrix products of a decode step: public functions as in ops.py, on Hopper GPUs only.
+
+N rows, K and d widths, M columns of the product, m width of the MLP.
+"""
+
+from torch import Tensor
+
+from based_ops.arguments import autocast, forbid_grad
+from based_ops.autograd import calls
+
+
+def skinny_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False
+) -> Tensor:
+    """A linear layer for the few rows of a decode step, where reading the weights takes the time.
+
+    It begins to read weight and bias while the kernels before it still run: none that runs directly
+    before may write them. So autocast casts x alone.
+
+    Args:
+        x: (N, K), bfloat16 or float16, N <= 64.
+        weight: (M, K) and bias (M,) in x's dtype. Rows of x and weight start at multiples of 16
+            bytes.
+        swiglu: the product's columns are (value, gate), and value * silu(gate) is returned; without
+            a bias.
+
+    Returns:
+        x weight^T + bias, (N, M), or with swiglu (N, M / 2), in x's dtype. Sums are float32 and
+        rounded once, value and gate not at all. A row depends on no other row, and is bitwise the
+        same for every N of one of the ranges up to 8, 16, 32 and 64.
+
+    Raises:
+        RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
+            a GPU whose compute capability is not 9.0 (there is no kernel for others, and none for
+            CPUs), or when grad is enabled and an input requires it.
+    """
+    op = "skinny_linear"
+    forbid_grad(op, x=x, weight=weight, bias=bias)
+    (x,) = autocast(x)
+    return calls[op](x, weight, bias, swiglu)
+
+
+def decode_block(
+    mixed: Tensor,
+    x: Tensor,
+    out_weight: Tensor,
+    norm_weight: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    next_norm_weight: Tensor,
+    next_weight: Tensor,
+    counters: Tensor,
+    *,
+    out_bias: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """What lies between the token mixers of two layers, for the few rows of a decode step.
+
+    x   += mixed out_weight^T + out_bias
+    x   += (value * silu(gate)) fc2^T, (value, gate) = rms_norm(x, norm_weight) fc1^T
+    out  = rms_norm(x, next_norm_weight) next_weight^T + next_bias
+
+    with rms_norm(x, w) = x / sqrt(mean(x^2) + eps) * w. One kernel on the whole GPU, where reading
+    the weights takes the time. It may begin to read them while the kernels before it still run:
+    none that runs directly before may write them. So autocast casts mixed alone.
+
+    Args:
+        mixed: (N, K), bfloat16, N <= 128: what the token mixer gave.
+        x: (N, d), float32: the residual stream. d is a multiple of 8.
+        out_weight: (d, K), out_bias: (d,).
+        norm_weight: (d,). fc1: (2 m, d), the rows of the values before those of the gates, m a
+            multiple of 8. fc2: (d, m).
+        next_norm_weight: (d,). next_weight: (M, d), next_bias: (M,). Weights and biases are
+            bfloat16, and rows of mixed and of the four matrices start at multiples of 16 bytes.
+        counters: (8,) int32, zeros. The parts of the kernel meet by them; they are zero again
+            afterwards. Calls that may overlap in time need their own.
+        eps: >= 0.
+
+    Returns:
+        (x (N, d) float32, out (N, M) bfloat16), fresh tensors. Sums are float32; the norms' results
+        and value * silu(gate) are rounded to bfloat16. A row depends on no other row.
+
+    Raises:
+        RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
+            a GPU whose compute capability is not 9.0 (there is no kernel for others, and none for
+            CPUs), or when grad is enabled and an input requires it.
+    """
+    op = "decode_block"
+    forbid_grad(
+        op,
+        mixed=mixed,
+        x=x,
+        out_weight=out_weight,
+        norm_weight=norm_weight,
+        fc1=fc1,
+        fc2=fc2,
+        next_norm_weight=next_norm_weight,
+        next_weight=next_weight,
+        out_bias=out_bias,
+        next_bias=next_bias,
+    )
+    (mixed,) = autocast(mixed)
+    return calls[op](
+        mixed,
+        x,
+        out_weight,
+        out_bias,
+        norm_weight,
+        fc1,
+        fc2,
+        next_norm_weight,
+        next_weight,
+        next_bias,
+        counters,
+        eps,
+    )
