@@ -47,7 +47,12 @@ def test_every_rival_learns(name, monkeypatch):
     train, test = ([x.to("cuda") for x in part] for part in mqar_data.generate_all(TINY, 0))
     run = Run(config, train, test, "cuda")
     losses = []
-    for _ in run.work():
-        losses.append(run.loss)
+    try:
+        for _ in run.work():
+            losses.append(run.loss)
+    except RuntimeError as error:
+        if "produces incorrect results" in str(error):  # fla's word on some of Triton's versions
+            pytest.skip(f"fla refuses: {error}")
+        raise
     assert run.epoch == 4 and run.loss < math.log(TINY.vocab_size) - 0.3, losses[::8]
     assert run.record()["by_task"][1][:2] == [80, 6]
