@@ -51,7 +51,8 @@ __device__ __forceinline__ uint64_t wgmma_swizzled_descriptor(uint32_t address) 
 #define BASED_ALL32 BASED_ALL24, BASED_ACC8(24)
 #define BASED_ALL36 BASED_ALL32, BASED_ACC4(32)
 #define BASED_ALL40 BASED_ALL32, BASED_ACC8(32)
-#define BASED_ALL72 BASED_ALL40, BASED_ACC8(40), BASED_ACC8(48), BASED_ACC8(56), BASED_ACC8(64)
+#define BASED_ALL64 BASED_ALL40, BASED_ACC8(40), BASED_ACC8(48), BASED_ACC8(56)
+#define BASED_ALL72 BASED_ALL64, BASED_ACC8(64)
 #define BASED_ALL80 BASED_ALL72, BASED_ACC8(72)
 #define BASED_ALL84 BASED_ALL72, BASED_ACC8(72), BASED_ACC4(80)
 #define BASED_REGS4 "%0,%1,%2,%3"
@@ -70,6 +71,10 @@ __device__ __forceinline__ uint64_t wgmma_swizzled_descriptor(uint32_t address) 
 #define BASED_REGS40                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define BASED_REGS64                                                                               \
+  BASED_REGS40                                                                                     \
+      ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%" \
+      "62,%63"
 #define BASED_REGS72                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
@@ -201,6 +206,8 @@ __device__ __forceinline__ void wgmma_ss_nt(float (&d)[kSums], uint64_t a, uint6
     BASED_WGMMA_SS_NT(64, 32, "bf16", 32, 33, 34);
   } else if constexpr (kSums == 32) {
     BASED_WGMMA_SS_NT(64, 32, "f16", 32, 33, 34);
+  } else if constexpr (kSums == 64 && !kHalf) {
+    BASED_WGMMA_SS_NT(128, 64, "bf16", 64, 65, 66);
   } else {
     static_assert(kSums == 0, "no wgmma wrapper for this N");
   }

@@ -44,9 +44,9 @@ Status launch(const SkinnyLinearParams& p, SkinnyArgs a, Stream stream) {
                        "%s: device: expected %d bytes of shared memory for a block, got less", kOp,
                        kBytes);
   }
-  launch_clusters<CUtensorMap, CUtensorMap, SkinnyArgs>(kernel, tiles, a.splits, kSkinnyThreads,
-                                                        kBytes, static_cast<cudaStream_t>(stream),
-                                                        weight, x, a);
+  launch_clusters<CUtensorMap, CUtensorMap, SkinnyArgs>(
+      kernel, tiles, a.splits, kSkinnyThreads, kBytes, false, static_cast<cudaStream_t>(stream),
+      weight, x, a);
   return launch_status(kOp);
 }
 

@@ -1,0 +1,177 @@
+// decode_block on Hopper.
+#include <algorithm>
+#include <map>
+
+#include "based/ops.h"
+#include "decode_block/kernel.cuh"
+#include "primitives/device.h"
+#include "primitives/dispatch.h"
+#include "primitives/tensor_map.h"
+
+namespace based::cuda {
+namespace {
+
+constexpr const char* kOp = "decode_block";
+
+int tiles_of(int64_t columns, int tile) { return static_cast<int>((columns + tile - 1) / tile); }
+
+// The parts of the workspace, one behind the other.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* const part = reinterpret_cast<T*>(begin_ + used_);
+    used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  int64_t used_ = 0;
+};
+
+// What the stages leave for each other.
+struct Between {
+  BlockElement *normed, *activations, *next;  // (N, d), (N, m), (N, d)
+  float *squares, *next_squares;              // (tiles of d, kDecodeBlockMaxRows)
+
+  Between(const DecodeBlockParams& p, Workspace& workspace) {
+    const int64_t rows = p.x.size[0], width = p.x.size[1];
+    const int64_t sums = tiles_of(width, kBlockTile) * kDecodeBlockMaxRows;
+    normed = workspace.take<BlockElement>(rows * width);
+    activations = workspace.take<BlockElement>(rows * p.fc2.size[1]);
+    next = workspace.take<BlockElement>(rows * width);
+    squares = workspace.take<float>(sums);
+    next_squares = workspace.take<float>(sums);
+  }
+};
+
+template <class T>
+T* pointer(const TensorView& view) {
+  return static_cast<T*>(view.data);  // null if not given
+}
+
+// out <- x weight^T
+cudaError_t product(BlockStage& s, const TensorView& x, const TensorView& weight,
+                    const TensorView& out, bool swiglu, int clusters, int box_rows) {
+  const int ctas = clusters * kBlockCluster;
+  s.columns = static_cast<int>(out.size[1]);
+  s.blocks = tiles_of(weight.size[1], kBlockColumns);
+  s.tiles = tiles_of(s.columns, swiglu ? kBlockTile / 2 : kBlockTile);
+  s.splits = kBlockCluster;
+  while (s.splits > 1 && (s.splits > s.blocks || ctas / s.splits < s.tiles)) s.splits /= 2;
+  s.swiglu = swiglu;
+  s.out = pointer<BlockElement>(out), s.out_stride = out.stride[0];
+  s.vectors = rows_are_vectors(out, 4, 2);
+  const cudaError_t error = make_tensor_map(&s.weight, weight, kBlockTile / 2);
+  return error == cudaSuccess ? make_tensor_map(&s.x, x, box_rows) : error;
+}
+
+void add_to_residual(BlockStage& s, const TensorView& residual, const TensorView& sum,
+                     const TensorView& norm, float* squares) {
+  s.residual = pointer<const float>(residual), s.residual_stride = residual.stride[0];
+  s.residual_out = pointer<float>(sum);
+  s.norm = pointer<const BlockElement>(norm), s.squares_out = squares;
+}
+
+// Clusters that can run at the same time; asked for once.
+template <class Kernel>
+int clusters_at_once(Kernel kernel, int bytes) {
+  thread_local std::map<std::pair<const void*, int>, int> known;  // of a kernel on a device
+  int device = 0;
+  cudaGetDevice(&device);
+  int& clusters = known[{reinterpret_cast<const void*>(kernel), device}];
+  if (clusters == 0) {
+    cudaLaunchAttribute size = {};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {kBlockCluster, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(kBlockClusters * kBlockCluster), config.blockDim = dim3(kBlockThreads);
+    config.dynamicSmemBytes = bytes, config.attrs = &size, config.numAttrs = 1;
+    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  }
+  return std::min(clusters, kBlockClusters);
+}
+
+template <int kRows>
+Status launch(const DecodeBlockParams& p, const Between& between, Stream stream) {
+  const auto kernel = decode_block_kernel<kRows>;
+  constexpr int kBytes = sizeof(BlockShared<kRows>);
+  const bool allowed = allow_shared(reinterpret_cast<const void*>(kernel), kBytes);
+  const int clusters = allowed ? clusters_at_once(kernel, kBytes) : 0;
+  if (clusters == 0) {
+    return make_status(StatusCode::kUnsupported,
+                       "%s: device: expected %d bytes of shared memory for each block of a "
+                       "cluster of %d, got less",
+                       kOp, kBytes, kBlockCluster);
+  }
+  const int64_t rows = p.x.size[0], width = p.x.size[1], inner = p.fc2.size[1];
+  const TensorView normed = contiguous_view(between.normed, DType::kBFloat16, rows, width);
+  const TensorView activations =
+      contiguous_view(between.activations, DType::kBFloat16, rows, inner);
+  const TensorView next = contiguous_view(between.next, DType::kBFloat16, rows, width);
+
+  BlockArgs args{};
+  args.rows = static_cast<int>(rows), args.eps = static_cast<float>(p.eps);
+  args.counters = pointer<unsigned>(p.counters);
+  auto& [attend, up, down, project] = args.stages;
+  cudaError_t error = product(attend, p.mixed, p.out_weight, normed, false, clusters, kRows);
+  add_to_residual(attend, p.x, p.x_out, p.norm, between.squares);
+  attend.bias = pointer<const BlockElement>(p.out_bias);
+  if (error == cudaSuccess) error = product(up, normed, p.fc1, activations, true, clusters, kRows);
+  up.squares = between.squares, up.square_tiles = attend.tiles;
+  if (error == cudaSuccess) error = product(down, activations, p.fc2, next, false, clusters, kRows);
+  add_to_residual(down, p.x_out, p.x_out, p.next_norm, between.next_squares);
+  if (error == cudaSuccess) {
+    error = product(project, next, p.next_weight, p.out, false, clusters, kRows);
+  }
+  project.squares = between.next_squares, project.square_tiles = down.tiles;
+  project.bias = pointer<const BlockElement>(p.next_bias);
+  if (error != cudaSuccess) {
+    return make_status(StatusCode::kCudaError, "%s: tensor map: expected success, got %s", kOp,
+                       cudaGetErrorString(error));
+  }
+  launch_clusters<BlockArgs>(kernel, clusters, kBlockCluster, kBlockThreads, kBytes, true,
+                             static_cast<cudaStream_t>(stream), args);
+  return launch_status(kOp);
+}
+
+}  // namespace
+
+int64_t decode_block_workspace_size(const DecodeBlockParams& p) {
+  if (!validate(p).ok()) return 0;
+  Workspace workspace(nullptr);
+  Between(p, workspace);
+  return workspace.used();
+}
+
+Status decode_block(const DecodeBlockParams& p, void* memory, Stream stream) {
+  Status status = validate(p);
+  if (!status.ok()) return status;
+  if (p.x.size[0] == 0) return {};
+  if (!runs_wgmma()) {
+    return make_status(
+        StatusCode::kUnsupported,
+        "%s: device: expected a GPU of compute capability 9.0 and a build for sm_90a, got another",
+        kOp);
+  }
+  for (const TensorView* weight : {&p.out_weight, &p.fc1, &p.fc2, &p.next_weight}) {
+    if (std::max(weight->size[0], weight->size[1]) > 1 << 24) {
+      return make_status(StatusCode::kUnsupported,
+                         "%s: weights: expected at most 2^24 rows and columns, got more", kOp);
+    }
+  }
+  Workspace workspace(memory);
+  const Between between(p, workspace);
+  const int64_t rows = p.x.size[0];
+  if (rows <= 8) return launch<8>(p, between, stream);
+  if (rows <= 16) return launch<16>(p, between, stream);
+  if (rows <= 32) return launch<32>(p, between, stream);
+  if (rows <= 64) return launch<64>(p, between, stream);
+  static_assert(kDecodeBlockMaxRows == 128);
+  return launch<128>(p, between, stream);
+}
+
+}  // namespace based::cuda
