@@ -231,3 +231,14 @@ def linear_swiglu(x, weight):
     """value * silu(gate) of x weight^T = (value, gate): (N, K), (2M, K) -> (N, M)."""
     value, gate = F.linear(x, weight).chunk(2, -1)
     return value * F.silu(gate)
+
+
+def decode_block(mixed, x, out_weight, norm, fc1, fc2, next_norm, next_weight, _counters):
+    """What lies between two mixers: (x, out), as based_ops.decode_block without biases."""
+
+    def normed(x, weight):
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), 1e-5).to(weight.dtype)
+
+    x = x + F.linear(mixed, out_weight)
+    x = x + F.linear(linear_swiglu(normed(x, norm), fc1), fc2)
+    return x, F.linear(normed(x, next_norm), next_weight)

@@ -286,6 +286,34 @@ def skinny_linear(rows, width, columns, dtype, device, others, swiglu=False, **t
     )
 
 
+def decode_block(rows, mixed_width, width, inner, columns, dtype, device, others, **targets):
+    """width: of the residual stream; inner: of the MLP; columns: of the next projection."""
+    shapes = (width, mixed_width), (2 * inner, width), (width, inner), (columns, width)
+
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        out, fc1, fc2, after = (draw(*shape) / shape[1] ** 0.5 for shape in shapes)
+        x = _normal(generator, torch.float32, device)(rows, width)
+        counters = torch.zeros(8, dtype=torch.int32, device=device)
+        norms = draw(width), draw(width)
+        return draw(rows, mixed_width), x, out, norms[0], fc1, fc2, norms[1], after, counters
+
+    weights = sum(a * b for a, b in shapes)
+    activations = rows * ((mixed_width + columns) * dtype.itemsize + 2 * width * 4)
+    return Case(
+        "decode_block",
+        "decode",
+        f"B{rows} {mixed_width}, {width}, {inner}, {columns}",
+        dtype,
+        inputs,
+        oracle.plain(baselines.decode_block),
+        [Implementation(OURS, based_ops.decode_block), *others],
+        bytes=weights * dtype.itemsize + activations,
+        flops=rows * 2 * weights,
+        **targets,
+    )
+
+
 def in_place(name, run, *states):
     """A decode step: every implementation updates its own copies of these arguments, its states."""
     return Implementation(

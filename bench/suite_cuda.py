@@ -19,6 +19,7 @@ def cases():
         *sliding_window(bf16),
         *short_conv(bf16),
         *skinny_linear(bf16),
+        *decode_block(bf16),
         *taylor_feature_map(bf16),
     ]
 
@@ -127,6 +128,13 @@ def skinny_linear(bf16):
         case = partial(build.skinny_linear, rows, **bf16)
         yield case(1792, 7168, others=[swiglu], swiglu=True)
         yield case(3584, 1792, others=[cublas])
+
+
+def decode_block(bf16):
+    """Behind a convolution and before one, in based-1.4b."""
+    others = [Implementation("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block))]
+    for rows in (8, 32, 64, 128):
+        yield build.decode_block(rows, 3584, 1792, 3584, 7168, others=others, **bf16)
 
 
 def taylor_feature_map(bf16):
