@@ -98,8 +98,8 @@ void check() {
             cudaSuccess);
   ASSERT_EQ(make_tensor_map(&map_b, contiguous_view(gB.data(), dtype, N - 3, kColumns), N),
             cudaSuccess);
-  launch_clusters<CUtensorMap, CUtensorMap, float*>(kernel, 1, 2, 128, sizeof(Shared<N>), nullptr,
-                                                    map_a, map_b, out.data());
+  launch_clusters<CUtensorMap, CUtensorMap, float*>(kernel, 1, 2, 128, sizeof(Shared<N>), false,
+                                                    nullptr, map_a, map_b, out.data());
   const std::vector<float> got = out.values();
   int wrong = 0;
   for (int n = 0; n < N; ++n) {
