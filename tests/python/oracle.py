@@ -102,6 +102,35 @@ def short_conv(
     return _each_sequence(one, (x, gate), state, cu_seqlens)
 
 
+def decode_block(
+    mixed,
+    x,
+    out_weight,
+    norm_weight,
+    fc1,
+    fc2,
+    next_norm_weight,
+    next_weight,
+    counters,
+    *,
+    out_bias=None,
+    next_bias=None,
+    eps=1e-5,
+):
+    """x (N, d), out (N, M)."""
+
+    def product(a, weight, bias=None):
+        return a @ weight.double().T + (0 if bias is None else bias.double())
+
+    def normed(a, weight):
+        return a * (a.square().mean(-1, True) + eps).rsqrt() * weight.double()
+
+    x = x.double() + product(mixed.double(), out_weight, out_bias)
+    value, gate = product(normed(x, norm_weight), fc1).chunk(2, -1)
+    x = x + product(value * gate * gate.sigmoid(), fc2)
+    return x, product(normed(x, next_norm_weight), next_weight, next_bias)
+
+
 def linear_attention_rows(q, k, v, rows):
     """out (R, V) of one head at R of its tokens: q (R, D) of these, k (T, D), v (T, V) of all."""
     q, k, v = q.double(), k.double(), v.double()
