@@ -283,7 +283,7 @@ class Engine:
             tokens, positions, indices = tokens.clone(), positions.clone(), indices * 0 - 1
             fill = None if fill is None else fill.clone()
         layers = [tuple(x[rows] for x in layer) for layer in state.layers]
-        view = ModelState(layers, positions, fill, state.capacity)
+        view = ModelState(layers, positions, fill, state.capacity, state.counters)
         logits = self.model.decode(tokens, view, indices, seen)
         tokens.copy_(sample(logits, self.draws[rows], positions, restricted))
 

@@ -3,19 +3,24 @@ the projections behind them.
 
 Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile. Where reading
 the weights is all there is to do, the products are kernels of our own: for a single row gemv.py,
-which has the elementwise parts in it; on Hopper, for 2 to 64 rows, based_ops.skinny_linear behind
-norm.py. For more rows, cuBLAS is as fast.
+which has the elementwise parts in it; on Hopper, for 2 to 128 rows in bf16, based_ops.decode_block,
+which is all that lies between two mixers, and beside it, for 2 to 64 rows, based_ops.skinny_linear
+behind norm.py. For more rows, cuBLAS is as fast.
 """
 
 from collections.abc import Callable
 from functools import cache, wraps
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from based_ops import build_info, skinny_linear
+from based_ops import build_info, decode_block, skinny_linear
+
+BLOCK_ROWS = range(2, 129)  # that decode_block takes
+BLOCK_COLUMNS = 16384  # of the product at its end: beyond, that product is one of its own
 
 
 def compiled_on_gpu(function: Callable) -> Callable:
@@ -129,6 +134,64 @@ def _norm(x: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Te
     if update is None:
         return x, rms_norm(x, norm.weight, norm.eps)
     return add_norm(x, update, norm.weight, norm.eps)
+
+
+class Projection(NamedTuple):
+    """What a layer begins with in a decode step: products of the norm of the residual stream."""
+
+    norm: nn.Module
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None = None
+
+
+def block_tail(
+    x: Tensor,
+    mixed: Tensor,
+    out_proj: nn.Linear,
+    norm: nn.Module,
+    fc1: Tensor,
+    fc2: Tensor,
+    following: Projection,
+    counters: Tensor,
+) -> tuple[Tensor, ...]:
+    """From one mixer of a decode step to the next: (x, the products of following, ...).
+
+    x (N,d) += out_proj(mixed (N,K)); x += swiglu(its RMSNorm times fc1^T) times fc2^T; and of that
+    the products. Both norms have the same eps. counters: see based_ops.decode_block.
+    """
+    weights = following.weights
+    joined = weights[0] if len(weights) == 1 else _joined(weights)
+    if joined is not None and _one_kernel(x, mixed, out_proj.weight, fc1, fc2, joined):
+        x, out = decode_block(
+            mixed,
+            x,
+            out_proj.weight,
+            norm.weight,
+            fc1,
+            fc2,
+            following.norm.weight,
+            joined,
+            counters,
+            out_bias=out_proj.bias,
+            next_bias=following.bias,
+            eps=norm.eps,
+        )
+        return x, *out.split([len(weight) for weight in weights], -1)
+    update = linear(mixed, out_proj.weight, out_proj.bias)
+    x, update = norm_mlp(x, update, norm, fc1, fc2)
+    return norm_linear(x, update, following.norm, *weights, bias=following.bias)
+
+
+def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
+    """Whether decode_block takes what lies between two mixers; the last factor ends it."""
+    return (
+        _decodes(x)
+        and len(x) in BLOCK_ROWS
+        and len(factors[-1]) <= BLOCK_COLUMNS
+        and x.dtype == torch.float32
+        and all(y.dtype == torch.bfloat16 and y.shape[-1] % 8 == 0 for y in factors)
+        and _has_skinny_linear(x.device)
+    )
 
 
 def join_memory(*weights: nn.Parameter):

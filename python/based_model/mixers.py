@@ -1,10 +1,10 @@
 """The token mixers of a block: linear, window and conv of Based, attention of a Transformer.
 
 Each has two forms that compute the same function: forward() over sequences, which can take and
-give a state, and returns (output, state); and decode() for one token, which also does what comes
-before it in a block: it takes the residual stream, what the last block has yet to add to it, and
-the norm, and returns (residual stream, output, state). Only the state of attention grows with the
-text; decode() of the others updates theirs in place.
+give a state, and returns (output, state); and decode() for one token, without the products at both
+ends, which a decode step has together with the block: it takes those with projection(), a tensor
+for each weight, and returns (what out_proj takes, state). Only the state of attention grows with
+the text; decode() of the others updates theirs in place.
 
 Shapes: B batch, T seqlen, N state rows (B, or the number of packed sequences), H heads,
 D feature_dim, F = 1 + D + D(D+1)/2, V head_dim, W window, K conv_width, S slots of a cache.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from based_model.config import ModelConfig
-from based_model.fused import join_memory, linear, norm_linear, rotate
+from based_model.fused import join_memory, rotate
 from based_ops import (
     linear_attention,
     linear_attention_decode,
@@ -115,17 +115,19 @@ class LinearMixer(nn.Module):
         shape = (rows, self.nheads, expanded_dim)
         return tuple(weight.new_zeros(*shape, *n, dtype=dtype) for n in ((head_dim,), ()))
 
-    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        x, *qkv = norm_linear(x, update, norm, *weights)
-        qkv = [y.unflatten(-1, (self.nheads, -1)) for y in qkv]
+    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The weights that decode() gets products with, and their bias."""
+        return (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight), None
+
+    def decode(self, h: list[Tensor], state: LayerState, span: Span):
+        qkv = [y.unflatten(-1, (self.nheads, -1)) for y in h]
         if span.fill is None:
             out = linear_attention_decode(*qkv, *state, state_indices=span.indices)
         else:
             out = linear_attention_decode_deferred(
                 *qkv, *state, span.fill, state_indices=span.indices
             )
-        return x, linear(out.flatten(-2), self.out_proj.weight), state
+        return out.flatten(-2), state
 
 
 class WindowMixer(nn.Module):
@@ -162,14 +164,17 @@ class WindowMixer(nn.Module):
         shape = (rows, self.window, self.nheads, head_dim)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
-        x, qkv = norm_linear(x, update, norm, self.qkv_proj.weight)
-        q, k, v = qkv.unflatten(-1, (3, self.nheads, -1)).unbind(-3)
+    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The weights that decode() gets products with, and their bias."""
+        return (self.qkv_proj.weight,), None
+
+    def decode(self, h: list[Tensor], state: LayerState, span: Span):
+        q, k, v = h[0].unflatten(-1, (3, self.nheads, -1)).unbind(-3)
         rotary = tuple(angles[:, 0] for angles in span.rotary["window"])
         out = sliding_window_decode(
             q, k, v, *state, span.start, rotary=rotary, state_indices=span.indices
         )
-        return x, linear(out.flatten(-2), self.out_proj.weight), state
+        return out.flatten(-2), state
 
 
 class ConvMixer(nn.Module):
@@ -211,9 +216,12 @@ class ConvMixer(nn.Module):
         d_inner, width = self.conv_weight.shape
         return (self.conv_weight.new_zeros(rows, d_inner, width - 1),)
 
-    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
-        x, h = norm_linear(x, update, norm, self.in_proj.weight, bias=self.in_proj.bias)
-        u, gate = h.chunk(2, -1)
+    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The weights that decode() gets products with, and their bias."""
+        return (self.in_proj.weight,), self.in_proj.bias
+
+    def decode(self, h: list[Tensor], state: LayerState, span: Span):
+        u, gate = h[0].chunk(2, -1)
         out = short_conv_decode(
             u,
             self.conv_weight.to(u.dtype),
@@ -222,7 +230,7 @@ class ConvMixer(nn.Module):
             gate=gate,
             state_indices=span.indices,
         )
-        return x, linear(out, self.out_proj.weight, self.out_proj.bias), state
+        return out, state
 
 
 class AttentionMixer(nn.Module):
@@ -282,23 +290,26 @@ class AttentionMixer(nn.Module):
         shape = (rows, capacity + 1, self.nheads, head_dim)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def decode(self, x: Tensor, update: Tensor | None, norm, state: LayerState, span: Span):
-        x, qkv = norm_linear(x, update, norm, self.qkv_proj.weight)
-        q, k, v = self._rotated(qkv, span)  # (N,H,V) each
+    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The weights that decode() gets products with, and their bias."""
+        return (self.qkv_proj.weight,), None
+
+    def decode(self, h: list[Tensor], state: LayerState, span: Span):
+        q, k, v = self._rotated(h[0], span)  # (N,H,V) each
         size, slots = state[0].shape[1], span.start
         if span.indices is not None:
             slots = torch.where(span.indices < 0, size - 1, slots)
         elif span.slots > size:
             state = tuple(_grown(cache, max(64, size + size // 2)) for cache in state)
         k_cache, v_cache = state
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(len(q), device=q.device)
         k_cache[rows, slots] = k
         v_cache[rows, slots] = v
-        mask = torch.arange(span.slots, device=x.device) <= span.start[:, None, None, None]
+        mask = torch.arange(span.slots, device=q.device) <= span.start[:, None, None, None]
         out = _attend(
             q[:, None], k_cache[:, : span.slots], v_cache[:, : span.slots], attn_mask=mask
         )
-        return x, linear(out[:, 0].flatten(-2), self.out_proj.weight), state
+        return out[:, 0].flatten(-2), state
 
 
 MIXERS = {

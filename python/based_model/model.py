@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from based_model.config import ModelConfig
 from based_model.fused import (
+    Projection,
     add_norm,
+    block_tail,
     embed,
     norm_linear,
-    norm_mlp,
     rms_norm,
     rotary_angles,
     swiglu,
@@ -39,12 +40,19 @@ class ModelState:
 
     After Based.defer_writes(), the last fill (N,) of these tokens wait in the rings of the linear
     layers, which hold `capacity`. All but decode() and clone() makes the state plain again first.
+
+    counters are decode()'s, those of based_ops.decode_block; they say nothing about the sequences.
     """
 
     layers: list[LayerState]
     positions: Tensor
     fill: Tensor | None = None
     capacity: int = 0
+    counters: Tensor | None = None  # (8,) int32; new ones by default
+
+    def __post_init__(self):
+        if self.counters is None:
+            self.counters = torch.zeros(8, dtype=torch.int32, device=self.positions.device)
 
     def clone(self) -> "ModelState":
         """A copy that shares no memory: continue one prefix in several ways."""
@@ -64,7 +72,7 @@ class ModelState:
         self.fill = None
 
     def nbytes(self) -> int:
-        """Bytes of all tensors in the state."""
+        """Bytes of layers and positions."""
         return self.positions.nbytes + sum(x.nbytes for layer in self.layers for x in layer)
 
 
@@ -113,11 +121,10 @@ class Block(nn.Module):
         x, h = self.norm2.after(x, mixed)
         return x, self.mlp(h), state
 
-    def decode(self, x: Tensor, update: Tensor | None, state: LayerState, span: Span):
-        """forward() for one token per row."""
-        x, mixed, state = self.mixer.decode(x, update, self.norm1, state, span)
-        x, update = norm_mlp(x, mixed, self.norm2, self.mlp.fc1.weight, self.mlp.fc2.weight)
-        return x, update, state
+    def decode_tail(self, x: Tensor, mixed: Tensor, following: Projection, counters: Tensor):
+        """What comes behind mixer.decode(): (x, the products of following, ...)."""
+        fc1, fc2, out_proj = self.mlp.fc1.weight, self.mlp.fc2.weight, self.mixer.out_proj
+        return block_tail(x, mixed, out_proj, self.norm2, fc1, fc2, following, counters)
 
 
 class Based(nn.Module):
@@ -262,13 +269,15 @@ class Based(nn.Module):
         slots = self._slots(positions + 1) if slots is None else slots
         rotary = self._rotary(positions)
         span = Span(positions, positions, rotary, slots=slots, fill=state.fill, indices=indices)
-        x, update = self._embed(tokens), None
+        first, *following = self._projections()
+        x, *h = norm_linear(self._embed(tokens), None, first.norm, *first.weights, bias=first.bias)
         for i, layer in enumerate(self.layers):
-            x, update, state.layers[i] = layer.decode(x, update, state.layers[i], span)
+            mixed, state.layers[i] = layer.mixer.decode(h, state.layers[i], span)
+            x, *h = layer.decode_tail(x, mixed, following[i], state.counters)
         state.positions += 1
         if state.fill is not None:
             state.fill.add_(1).remainder_(state.capacity)
-        _, logits = norm_linear(x, update, self.norm, self.embedding.weight)
+        (logits,) = h
         return logits[..., : self.config.vocab_size]
 
     def defer_writes(self, state: ModelState, capacity: int = 16):
@@ -279,6 +288,11 @@ class Based(nn.Module):
             if isinstance(layer.mixer, LinearMixer):
                 state.layers[i] += layer.mixer.rings(state.layers[i], capacity)
         state.fill, state.capacity = torch.zeros_like(state.positions), capacity
+
+    def _projections(self) -> list[Projection]:
+        """What decode() begins every layer with, and the output layer."""
+        layers = [Projection(layer.norm1, *layer.mixer.projection()) for layer in self.layers]
+        return [*layers, Projection(self.norm, (self.embedding.weight,))]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return embed(tokens, self.embedding.weight)
