@@ -25,7 +25,8 @@ OPS = (
     *("sliding_window_decode", "short_conv_decode"),
 )
 CALLS = [(op, dtype) for op in OPS for dtype in (F32, BF16)]
-CALLS += [("skinny_linear", BF16), ("skinny_linear", torch.float16)]
+CALLS += [("skinny_linear", BF16), ("skinny_linear", torch.float16), ("decode_block", BF16)]
+ON_HOPPER = ("skinny_linear", "decode_block")
 
 
 def call(op, dtype):
@@ -59,6 +60,12 @@ def call(op, dtype):
         "short_conv": {**conv, "initial_state": draw(B, C, K - 1)},
         "short_conv_decode": {**conv, "conv_state": draw(B, C, K - 1)},
         "skinny_linear": {"x": draw(5, 200), "weight": draw(300, 200), "bias": draw(300)},
+        "decode_block": {
+            **{"mixed": draw(5, 200), "x": randn(5, 72, dtype=F32), "out_weight": draw(72, 200)},
+            **{"norm_weight": draw(72), "fc1": draw(2 * 136, 72), "fc2": draw(72, 136)},
+            **{"next_norm_weight": draw(72), "next_weight": draw(300, 72)},
+            **{"counters": torch.zeros(8, dtype=torch.int32), "next_bias": draw(300)},
+        },
     }[op]
 
 
@@ -74,7 +81,7 @@ def results(op, values, device):
     values = {name: on(device, x) for name, x in values.items()}
     leaves = [x for x in flatten([x for x in values.values() if not isinstance(x, (int, str))])]
     leaves = [x for x in leaves if x.is_floating_point()]
-    no_grad = op.endswith(("decode", "deferred", "fold", "skinny_linear"))
+    no_grad = op.endswith(("decode", "deferred", "fold", *ON_HOPPER))
     for x in leaves:
         x.requires_grad_(not no_grad)
     returned = getattr(based_ops, op)(**values)
@@ -90,8 +97,8 @@ def results(op, values, device):
 
 @pytest.mark.parametrize("op, dtype", CALLS, ids=str)
 def test_op_on_cuda_1_equals_cuda_0(op, dtype):
-    if op == "skinny_linear" and torch.cuda.get_device_capability(0) != (9, 0):
-        pytest.skip("skinny_linear runs on Hopper")
+    if op in ON_HOPPER and torch.cuda.get_device_capability(0) != (9, 0):
+        pytest.skip(f"{op} runs on Hopper")
     values = call(op, dtype)
     assert torch.cuda.current_device() == 0
     expected = results(op, values, FIRST)
