@@ -19,8 +19,8 @@ from torch.compiler import is_compiling
 
 from based_ops import build_info, decode_block, skinny_linear
 
-BLOCK_ROWS = range(2, 129)  # that decode_block takes
-BLOCK_COLUMNS = 16384  # of the product at its end: beyond, that product is one of its own
+BLOCK_ROWS = range(2, 129)  # that decode_block is asked for
+BLOCK_COLUMNS = 12288  # of each of its products; it takes 1024 for every 8 SMs of one cluster
 
 
 def compiled_on_gpu(function: Callable) -> Callable:
@@ -183,13 +183,13 @@ def block_tail(
 
 
 def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
-    """Whether decode_block takes what lies between two mixers; the last factor ends it."""
+    """Whether decode_block takes the products of these: mixed and the weights."""
     return (
         _decodes(x)
         and len(x) in BLOCK_ROWS
-        and len(factors[-1]) <= BLOCK_COLUMNS
         and x.dtype == torch.float32
         and all(y.dtype == torch.bfloat16 and y.shape[-1] % 8 == 0 for y in factors)
+        and all(len(y) <= BLOCK_COLUMNS for y in factors)
         and _has_skinny_linear(x.device)
     )
 

@@ -83,8 +83,9 @@ def decode_block(
 
     Raises:
         RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
-            a GPU whose compute capability is not 9.0 (there is no kernel for others, and none for
-            CPUs), or when grad is enabled and an input requires it.
+            a weight of more than 1024 rows for every 8 SMs that can form a cluster (16384 on a
+            whole H100), a GPU whose compute capability is not 9.0 (there is no kernel for others,
+            and none for CPUs), or when grad is enabled and an input requires it.
     """
     op = "decode_block"
     forbid_grad(

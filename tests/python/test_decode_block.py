@@ -186,8 +186,9 @@ def test_counters_belong_to_one_state():
 def test_when_the_model_asks(monkeypatch):
     """Of BLOCK_ROWS in bf16, up to BLOCK_COLUMNS; on the CPU, and with gradients, never."""
 
-    def asks(rows=N, dtype=BF16, width=D, columns=M):
-        weights = zeros(D, K, dtype=dtype), zeros(columns, width, dtype=dtype)
+    def asks(rows=N, dtype=BF16, width=D, columns=M, hidden=2 * MLP):
+        shapes = (D, K), (hidden, width), (columns, width)
+        weights = [zeros(*shape, dtype=dtype) for shape in shapes]
         return fused._one_kernel(zeros(rows, D, dtype=F32), *weights)
 
     monkeypatch.setattr(fused, "_has_skinny_linear", lambda device: True)
@@ -195,7 +196,8 @@ def test_when_the_model_asks(monkeypatch):
         assert not asks()
     monkeypatch.setattr(fused, "_decodes", lambda x: True)
     monkeypatch.setattr(fused, "BLOCK_ROWS", range(3, 11))
-    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 70)
-    assert asks(rows=3) and asks(rows=10) and asks(columns=70)
-    assert not asks(rows=2) and not asks(rows=11) and not asks(columns=71)
+    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 90)
+    assert asks(rows=3) and asks(rows=10) and asks(columns=90)
+    assert not asks(rows=2) and not asks(rows=11)
+    assert not asks(columns=91) and not asks(hidden=92)
     assert not asks(dtype=torch.float16) and not asks(dtype=F32) and not asks(width=12)
