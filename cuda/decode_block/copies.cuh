@@ -5,10 +5,9 @@
 
 namespace based::cuda {
 
-// A tile of a stage was finished by this CTA, whose threads have met: others may read it.
+// This CTA, whose threads have met, has finished its tile of a stage: the others may read it.
 __device__ __forceinline__ void count_up(unsigned* counter) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __threadfence();
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 #endif
 }
@@ -24,30 +23,33 @@ __device__ __forceinline__ void wait_for_stage(const BlockArgs& args, int s) {
                  : "l"(args.counters + s)
                  : "memory");
   }
-  // What they wrote, the copy engine may read.
-  asm volatile("fence.proxy.async;" ::: "memory");
 #endif
 }
 
-// One thread: nothing but the ring's room holds it up.
+// One thread. No stage holds it up, but the ring's room and what is on its way: with more of that,
+// all that the stages wait for would queue behind it.
 template <int kRows>
 __device__ __forceinline__ void copy_weights(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
-  RingPlace<Shared::kSlots> place;
+  RingPlace<Shared::kSlots> place, awaited;
   int turn = 0;
   for_each_tile(args, [&](int, const BlockStage& stage, const BlockWork& work) {
-    const int half = kBlockTile / 2;
-    const int upper = work.tile * (stage.swiglu ? half : kBlockTile);
-    const int lower = upper + (stage.swiglu ? stage.columns : half);
     for (int block = 0; block < work.count; ++block) {
       if (turn >= Shared::kSlots) shared.weights_empty[place.slot].wait(place.parity ^ 1);
+      if (turn >= block_on_their_way(kRows)) {
+        shared.weights_full[awaited.slot].wait(awaited.parity);
+        awaited.advance();
+      }
       ++turn;
       const uint32_t to = shared_address(shared.weights) + place.slot * Shared::kWeightBytes;
       const int column = (work.first + block) * kBlockColumns;
       Mbarrier& full = shared.weights_full[place.slot];
       full.expect(Shared::kWeightBytes);
-      copy_box(to, stage.weight, upper, column, full, Keep::kShort);
-      copy_box(to + Shared::kWeightBytes / 2, stage.weight, lower, column, full, Keep::kShort);
+      if (stage.swiglu) {
+        copy_paired_box(to, stage.weight, work.tile * kBlockTile / 16, column, full, Keep::kShort);
+      } else {
+        copy_box(to, stage.weight, work.tile * kBlockTile, column, full, Keep::kShort);
+      }
       place.advance();
     }
   });
@@ -58,14 +60,11 @@ template <int kRows>
 __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kXSlots> place;
-  int turn = 0, tiles = 0, ready = 0;
+  int turn = 0, ready = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
-    if (tiles > 0) {  // the sums of the tile before were read
-      wait_for_cluster(shared.sums_empty, (tiles - 1) % 2);
-      fence_proxy_async();
-    }
-    ++tiles;
     for (; ready < s; ++ready) wait_for_stage(args, ready);
+    // Other threads wrote x, and used its ring for sums: the copy engine comes after them.
+    asm volatile("fence.proxy.async;" ::: "memory");
     for (int block = 0; block < work.count; ++block) {
       if (turn >= Shared::kXSlots) shared.x_empty[place.slot].wait(place.parity ^ 1);
       ++turn;
@@ -77,26 +76,21 @@ __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>
   });
 }
 
-// A warp: 1 / root mean square of the rows that this CTA finishes. Then it meets those who compute.
+// A warp: 1 / root mean square of the rows that this CTA finishes; then it meets those who compute.
 template <int kRows>
-__device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShared<kRows>& shared,
-                                               int width) {
-  int tiles = 0, ready = 0;
+__device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShared<kRows>& shared) {
+  int ready = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
-    if (tiles > 0) wait_for_cluster(shared.sums_empty, (tiles - 1) % 2);
-    ++tiles;
-    if (stage.squares != nullptr) {
-      for (; ready < s; ++ready) wait_for_stage(args, ready);
-      const int share = (args.rows + stage.splits - 1) / stage.splits;
-      const int end = min(args.rows, (work.part + 1) * share);
-      for (int row = work.part * share + threadIdx.x % 32; row < end; row += 32) {
-        float sum = 0.0f;
-#pragma unroll 4
-        for (int t = 0; t < stage.square_tiles; ++t) {
-          sum += __ldcg(stage.squares + t * kDecodeBlockMaxRows + row);
-        }
-        shared.scales[row] = rsqrtf(sum / width + args.eps);
+    if (stage.squares == nullptr) return;
+    for (; ready < s; ++ready) wait_for_stage(args, ready);
+    const int end = min(args.rows, work.end * 8);
+    for (int row = work.begin * 8 + threadIdx.x % 32; row < end; row += 32) {
+      float sum = 0.0f;
+#pragma unroll 16
+      for (int t = 0; t < stage.square_tiles; ++t) {
+        sum += __ldcg(stage.squares + t * kDecodeBlockMaxRows + row);
       }
+      shared.scales[row] = rsqrtf(sum / args.width + args.eps);
     }
     __syncwarp();
     asm volatile("barrier.arrive 1, 288;" ::: "memory");

@@ -1,108 +1,152 @@
 // What follows a product of decode_block: sums of the spans of K, then bias, SwiGLU or residual.
+//
+// Of eight rows of x a thread has two, and of the tile two rows, eight apart, as wgmma leaves them:
+// (x row, tile row), (x row + 1, tile row), (x row, tile row + 8), (x row + 1, tile row + 8). With
+// SwiGLU the first two are values and the others their gates.
 #pragma once
 
 #include "decode_block/stage.cuh"
 
 namespace based::cuda {
 
-template <int kSplits>
-__device__ __forceinline__ void add_parts(float (&sum)[4], const float4 (&parts)[kSplits]) {
-#pragma unroll
-  for (const float4& part : parts) {
-    sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
-  }
+// Of a group of eight rows, the place for one CTA's sums.
+template <int kRows>
+__device__ __forceinline__ float4* sums_of(BlockShared<kRows>& shared, int groups, int part,
+                                           int group) {
+  const int place = (part * groups + group) * kBlockComputing + threadIdx.x;
+  return reinterpret_cast<float4*>(shared.sums) + place;
 }
 
-// Four columns of out, the first of them `column`, in one row.
-__device__ __forceinline__ void store_columns(const BlockStage& stage, int row, int column,
-                                              const float (&y)[4]) {
-  BlockElement* const to = stage.out + row * stage.out_stride + column;
-  if (stage.vectors) {
-    if (column < stage.columns) store_vector(to, y);
-  } else {
+// Sends the sums to those who add them up.
+template <int kRows>
+__device__ __forceinline__ void send_sums(const float (&sums)[kRows / 2],
+                                          BlockShared<kRows>& shared, const BlockStage& stage,
+                                          const BlockWork& work) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (column + c < stage.columns) to[c] = from_float<BlockElement>(y[c]);
+  for (int group = 0; group < kRows / 8; ++group) {
+    if (group >= work.groups) break;
+    const int owner = ((group + 1) * stage.splits - 1) / work.groups;
+    const int begin = owner * work.groups / stage.splits;
+    const int count = (owner + 1) * work.groups / stage.splits - begin;
+    float4* const to = sums_of(shared, count, work.part, group - begin);
+    const float4 x = {sums[4 * group], sums[4 * group + 1], sums[4 * group + 2],
+                      sums[4 * group + 3]};
+    if (owner == work.part) {
+      *to = x;  // this thread reads it
+    } else {
+      send(shared_address(to), shared.sums_full, work.leader + owner, x);
     }
   }
 }
 
-// Four values of a vector, 0 behind its end.
-template <class T>
-__device__ __forceinline__ void load_columns(float (&y)[4], const T* from, int column, int end) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) y[c] = column + c < end ? to_float(from[column + c]) : 0.0f;
-}
+// Two neighbouring rows of out, and one column or two.
+template <bool kSwiglu>
+struct BlockPlace {
+  static constexpr int kColumns = kSwiglu ? 1 : 2;
 
-// out <- this CTA's share of the rows of a tile, summed over the CTAs that share K. A warp has all
-// columns of a row, with SwiGLU of two rows.
+  int column, in_group;
+  bool inside[kColumns];
+
+  __device__ __forceinline__ BlockPlace(const BlockStage& stage, const BlockWork& work) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    column = (work.tile * 8 + warp) * 8 * kColumns + lane / 4, in_group = lane % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) inside[c] = column + 8 * c < stage.columns;
+  }
+  // fn(i, row, column): element i of a thread's in a group, if it is one of out.
+  template <class Fn>
+  __device__ __forceinline__ void for_each(const BlockArgs& args, int group, const Fn& fn) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) {
+      const int row = group * 8 + in_group + i % 2;
+      if (row < args.rows && inside[i / 2]) fn(i, row, column + i / 2 * 8);
+    }
+  }
+};
+
+// out <- this CTA's rows of a tile.
 template <int kSplits, bool kSwiglu, int kRows>
-__device__ __forceinline__ void finish_tile(const BlockShared<kRows>& shared, const BlockArgs& args,
-                                            const BlockStage& stage, const BlockWork& work) {
-  constexpr int kColumns = kSwiglu ? kBlockTile / 2 : kBlockTile;  // of out
-  constexpr int kThreads = kColumns / 4, kStep = kBlockComputing / kThreads;
-  constexpr int kBatch = kSplits < 4 ? 4 / kSplits : 1;  // rows whose parts are on their way
-  const int in_tile = threadIdx.x % kThreads * 4, column = work.tile * kColumns + in_tile;
-  const int share = (args.rows + kSplits - 1) / kSplits;
-  const int end = min(args.rows, (work.part + 1) * share);
-  float bias[4] = {}, norm[4] = {};
-  if (!kSwiglu && stage.bias != nullptr) load_columns(bias, stage.bias, column, stage.columns);
-  if (!kSwiglu && stage.norm != nullptr) load_columns(norm, stage.norm, column, stage.columns);
+__device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const BlockArgs& args,
+                                            const BlockStage& stage, const BlockWork& work,
+                                            int parity) {
+  constexpr int kBatch = 2;  // groups at a time
+  using Place = BlockPlace<kSwiglu>;
+  const Place place(stage, work);
+  const bool scaled = stage.squares != nullptr, adds = !kSwiglu && stage.norm != nullptr;
+  const int count = work.end - work.begin;
+  float bias[Place::kColumns] = {}, norm[Place::kColumns] = {};
+#pragma unroll
+  for (int c = 0; c < Place::kColumns; ++c) {
+    if (!place.inside[c]) continue;
+    if (!kSwiglu && stage.bias != nullptr) bias[c] = to_float(stage.bias[place.column + 8 * c]);
+    if (adds) norm[c] = to_float(stage.norm[place.column + 8 * c]);
+  }
+  float residual[kBatch][4];
+  const auto load_residual = [&](int first) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      place.for_each(args, work.begin + first + b, [&](int i, int row, int column) {
+        residual[b][i] = __ldcg(stage.residual + row * stage.residual_stride + column);
+      });
+    }
+  };
+  if (adds) load_residual(0);
+  if (scaled) asm volatile("barrier.sync 1, 288;" ::: "memory");  // with those who computed scales
+  if (count > 0 && kSplits > 1) shared.sums_full.wait(parity);
 #pragma unroll 1
-  for (int first = work.part * share + threadIdx.x / kThreads; first < end;
-       first += kBatch * kStep) {
-    float4 parts[kBatch][kSplits], gates[kSwiglu ? kBatch : 1][kSplits];
+  for (int first = 0; first < count; first += kBatch) {
+    if (adds && first > 0) load_residual(first);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int row = first + i * kStep;
-      if (row >= end) break;
+    for (int b = 0; b < kBatch; ++b) {
+      const int in_share = first + b, group = work.begin + in_share;
+      if (in_share >= count) break;
+      float y[4] = {}, squares[2] = {};
 #pragma unroll
-      for (int r = 0; r < kSplits; ++r) {
-        parts[i][r] = load_remote(shared.sum(row, in_tile), work.leader + r);
+      for (int part = 0; part < kSplits; ++part) {
+        const float4 x = *sums_of(shared, count, part, in_share);
+        y[0] += x.x, y[1] += x.y, y[2] += x.z, y[3] += x.w;
+      }
+      place.for_each(args, group, [&](int i, int row, int column) {
+        const float scale = scaled ? shared.scales[row] : 1.0f;
+        float out = y[i] * scale;
         if constexpr (kSwiglu) {
-          gates[i][r] = load_remote(shared.sum(row, in_tile + kColumns), work.leader + r);
+          const float gate = y[i + 2] * scale;
+          out *= gate / (1.0f + __expf(-gate));
+        }
+        out += bias[i / 2];
+        if (adds) {
+          out += residual[b][i];
+          squares[i % 2] += out * out;
+          stage.residual_out[int64_t(row) * stage.columns + column] = out;
+          out *= norm[i / 2];
+        }
+        stage.out[row * stage.out_stride + column] = from_float<BlockElement>(out);
+      });
+      if (adds) {  // of the warp's 16 columns
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int mask = 4; mask < 32; mask *= 2) {
+            squares[i] += __shfl_xor_sync(~0u, squares[i], mask);
+          }
+          if (threadIdx.x % 32 < 4) {
+            shared.squares()[threadIdx.x / 32 * kRows + group * 8 + place.in_group + i] =
+                squares[i];
+          }
         }
       }
     }
+  }
+  asm volatile("barrier.sync 2, 256;" ::: "memory");
+  if (adds) {
+    const int row = work.begin * 8 + static_cast<int>(threadIdx.x);
+    if (row < work.end * 8) {
+      float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int row = first + i * kStep;
-      if (row >= end) break;
-      const float scale = stage.squares != nullptr ? shared.scales[row] : 1.0f;
-      float y[4] = {};
-      add_parts(y, parts[i]);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) y[c] = y[c] * scale + bias[c];
-      if constexpr (kSwiglu) {
-        float gate[4] = {};
-        add_parts(gate, gates[i]);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          gate[c] *= scale;
-          y[c] *= gate[c] / (1.0f + __expf(-gate[c]));
-        }
-      }
-      if (!kSwiglu && stage.norm != nullptr) {
-        float squares = 0.0f;
-        const float* const from = stage.residual + row * stage.residual_stride + column;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          y[c] += column + c < stage.columns ? __ldcg(from + c) : 0.0f;
-          squares += y[c] * y[c];
-        }
-        if (column < stage.columns) {
-          store_vector(stage.residual_out + int64_t(row) * stage.columns + column, y);
-        }
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) squares += __shfl_xor_sync(~0u, squares, mask);
-        if (threadIdx.x % 32 == 0) {
-          stage.squares_out[work.tile * kDecodeBlockMaxRows + row] = squares;
-        }
-#pragma unroll
-        for (int c = 0; c < 4; ++c) y[c] *= norm[c];
-      }
-      store_columns(stage, row, column, y);
+      for (int warp = 0; warp < 8; ++warp) sum += shared.squares()[warp * kRows + row];
+      stage.squares_out[work.tile * kDecodeBlockMaxRows + row] = sum;
     }
+    asm volatile("barrier.sync 2, 256;" ::: "memory");
   }
 }
 

@@ -47,57 +47,31 @@ __device__ __forceinline__ void multiply(float (&sums)[kRows / 2], BlockShared<k
 }
 
 template <int kRows>
-__device__ __forceinline__ void store_sums(const float (&sums)[kRows / 2],
-                                           const BlockShared<kRows>& shared) {
-  const int l = threadIdx.x % 32, tile_row = threadIdx.x / 32 * 16 + l / 4;
-#pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) {
-    const int row = i / 4 * 8 + l % 4 * 2 + i % 2;
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared.sum(row, tile_row + i % 4 / 2 * 8)),
-                 "f"(sums[i])
-                 : "memory");
-  }
-}
-
-// Tells the CTAs that share K with this one, whose computing threads have met.
-__device__ __forceinline__ void tell_the_others(const Mbarrier& barrier, const BlockStage& stage,
-                                                const BlockWork& work) {
-  const int other = static_cast<int>(threadIdx.x);
-  if (other < stage.splits) {
-    arrive_remote(barrier, work.leader + other, kBlockCluster / stage.splits);
-  }
-}
-
-template <int kRows>
 __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kSlots> weights;
   RingPlace<Shared::kXSlots> x;
   int parity = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
+    if (threadIdx.x == 0) {
+      shared.sums_full.expect((stage.splits - 1) * (work.end - work.begin) * Shared::kGroupBytes);
+    }
     {
       float sums[kRows / 2];
       multiply(sums, shared, work.count, weights, x);
-      asm volatile("barrier.sync 1, 288;" ::: "memory");  // x was read, the scales are there
-      store_sums(sums, shared);
+      send_sums(sums, shared, stage, work);
     }
-    asm volatile("barrier.sync 2, 256;" ::: "memory");
-    tell_the_others(shared.sums_full, stage, work);
-    wait_for_cluster(shared.sums_full, parity);
-    parity ^= 1;
     const auto finish = [&](auto splits) {
       constexpr int kSplits = decltype(splits)::value;
-      stage.swiglu ? finish_tile<kSplits, true>(shared, args, stage, work)
-                   : finish_tile<kSplits, false>(shared, args, stage, work);
+      stage.swiglu ? finish_tile<kSplits, true>(shared, args, stage, work, parity)
+                   : finish_tile<kSplits, false>(shared, args, stage, work, parity);
     };
     if (stage.splits == 8) finish(std::integral_constant<int, 8>{});
     if (stage.splits == 4) finish(std::integral_constant<int, 4>{});
     if (stage.splits == 2) finish(std::integral_constant<int, 2>{});
     if (stage.splits == 1) finish(std::integral_constant<int, 1>{});
-    asm volatile("fence.proxy.async;" ::: "memory");  // the copy engine will read what was written
-    asm volatile("barrier.sync 2, 256;" ::: "memory");
-    tell_the_others(shared.sums_empty, stage, work);
-    if (threadIdx.x == 128) count_up(args.counters + s);
+    parity ^= 1;
+    if (threadIdx.x == 0) count_up(args.counters + s);
   });
 }
 
@@ -111,7 +85,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     let_next_kernel_start();
     if (threadIdx.x == 0) shared.init();
     __syncthreads();
-    cluster_arrive();                  // its barriers are there
+    cluster_arrive_relaxed();          // its barriers are there
     if (warp == kBlockWeights / 32) {  // reads nothing that a kernel before writes
       if (threadIdx.x == kBlockWeights) copy_weights(args, shared);
       __syncwarp();
@@ -121,14 +95,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       wait_for_earlier_kernels();
       if (warp == kBlockX / 32) {
         if (threadIdx.x == kBlockX) copy_x(args, shared);
+        __syncwarp();
       } else if (warp == kBlockScales / 32) {
-        compute_scales(args, shared, args.stages[0].columns);
+        compute_scales(args, shared);
       } else {
         compute(args, shared);
       }
     }
-    __syncwarp();
-    cluster_barrier();  // the others have read these sums
+    __syncthreads();
     // The last CTA leaves the counters as they were.
     if (threadIdx.x == 0 &&
         atomicAdd(args.counters + kDecodeBlockCounters - 1, 1) + 1 == gridDim.x) {

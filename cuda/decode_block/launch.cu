@@ -64,8 +64,8 @@ cudaError_t product(BlockStage& s, const TensorView& x, const TensorView& weight
   while (s.splits > 1 && (s.splits > s.blocks || ctas / s.splits < s.tiles)) s.splits /= 2;
   s.swiglu = swiglu;
   s.out = pointer<BlockElement>(out), s.out_stride = out.stride[0];
-  s.vectors = rows_are_vectors(out, 4, 2);
-  const cudaError_t error = make_tensor_map(&s.weight, weight, kBlockTile / 2);
+  const cudaError_t error = swiglu ? make_paired_tensor_map(&s.weight, weight, kBlockTile)
+                                   : make_tensor_map(&s.weight, weight, kBlockTile);
   return error == cudaSuccess ? make_tensor_map(&s.x, x, box_rows) : error;
 }
 
@@ -114,7 +114,8 @@ Status launch(const DecodeBlockParams& p, const Between& between, Stream stream)
   const TensorView next = contiguous_view(between.next, DType::kBFloat16, rows, width);
 
   BlockArgs args{};
-  args.rows = static_cast<int>(rows), args.eps = static_cast<float>(p.eps);
+  args.rows = static_cast<int>(rows), args.width = static_cast<int>(width);
+  args.eps = static_cast<float>(p.eps);
   args.counters = pointer<unsigned>(p.counters);
   auto& [attend, up, down, project] = args.stages;
   cudaError_t error = product(attend, p.mixed, p.out_weight, normed, false, clusters, kRows);
@@ -132,6 +133,13 @@ Status launch(const DecodeBlockParams& p, const Between& between, Stream stream)
   if (error != cudaSuccess) {
     return make_status(StatusCode::kCudaError, "%s: tensor map: expected success, got %s", kOp,
                        cudaGetErrorString(error));
+  }
+  for (const BlockStage& stage : args.stages) {
+    if (stage.tiles * stage.splits > clusters * kBlockCluster) {
+      return make_status(StatusCode::kUnsupported,
+                         "%s: weights: expected at most %d rows each, got more", kOp,
+                         clusters * kBlockCluster * kBlockTile);
+    }
   }
   launch_clusters<BlockArgs>(kernel, clusters, kBlockCluster, kBlockThreads, kBytes, true,
                              static_cast<cudaStream_t>(stream), args);

@@ -9,11 +9,21 @@
 
 namespace based::cuda {
 
-// All threads of the cluster meet: what they wrote to shared memory before they arrive is seen by
-// those that have waited.
-__device__ __forceinline__ void cluster_arrive() {
+// All threads of the cluster meet here; shared memory written before is seen after.
+__device__ __forceinline__ void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+#endif
+}
+
+// The same in two parts for nothing but barriers that were made before (fence_barrier_init()): a
+// release would wait until all earlier writes are seen by the whole GPU.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -21,11 +31,6 @@ __device__ __forceinline__ void cluster_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
 }
 
 // Four floats at the address that `address` (a multiple of 16) is in the CTA of that rank.
@@ -42,31 +47,18 @@ __device__ __forceinline__ float4 load_remote(uint32_t address, int rank) {
   return x;
 }
 
-// Arrives `count` times on the barrier that lies where `barrier` does in the CTA of that rank.
-__device__ __forceinline__ void arrive_remote(const Mbarrier& barrier, int rank, int count) {
+// Sends x to where `address` (a multiple of 16) is in the CTA of that rank; its bytes arrive on the
+// `barrier` there, which expects them (Mbarrier::expect). Needs no fence.
+__device__ __forceinline__ void send(uint32_t address, const Mbarrier& barrier, int rank,
+                                     float4 x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
-      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote], %2;}\n" ::"r"(
-          shared_address(&barrier)),
-      "r"(rank), "r"(count)
+      "{.reg .b32 to, there; mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 there, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3,%4,%5,%6}, "
+      "[there];}\n" ::"r"(address),
+      "r"(shared_address(&barrier)), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
       : "memory");
-#endif
-}
-
-// Mbarrier::wait() where others of the cluster arrive.
-__device__ __forceinline__ void wait_for_cluster(const Mbarrier& barrier, int parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;}\n"
-        : "=r"(done)
-        : "r"(shared_address(&barrier)), "r"(parity)
-        : "memory");
-  }
 #endif
 }
 

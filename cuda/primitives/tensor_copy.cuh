@@ -26,6 +26,20 @@ __device__ __forceinline__ void copy_box(uint32_t tile, const CUtensorMap& matri
 #endif
 }
 
+// The same of make_paired_tensor_map(): eight rows of the first half, eight of the second, the next
+// eight of the first, ..., from the pair of that number on.
+__device__ __forceinline__ void copy_paired_box(uint32_t tile, const CUtensorMap& matrix, int pair,
+                                                int column, const Mbarrier& barrier, Keep keep) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %5, %5, %3}], [%4], %6;\n" ::"r"(tile),
+      "l"(&matrix), "r"(column), "r"(pair), "r"(shared_address(&barrier)), "r"(0),
+      "l"(uint64_t(keep))
+      : "memory");
+#endif
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& matrix) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&matrix) : "memory");
