@@ -65,7 +65,7 @@ constexpr int kBlockThreads = 352;  // eight warps that compute, and three that 
 template <int kRows>
 struct BlockShared {
   static constexpr int kXSlots = block_x_slots(kRows), kXBytes = kRows * 128;
-  static constexpr int kWeightBytes = kBlockTile * 128;
+  static constexpr int kWeightBytes = kBlockTile * 128, kOnTheirWay = block_on_their_way(kRows);
   // Of eight rows, a float4 of every computing thread; at most so many of so many CTAs.
   static constexpr int kGroupBytes = 16 * kBlockComputing;
   static constexpr int kSumsBytes =
