@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from based_model.fused import linear, norm_linear, norm_mlp, rotary_angles
+from based_model.fused import norm_linear, rotary_angles
 from based_model.sampling import Draws, sample
 
 RESERVE = 3e9  # bytes that a step needs beside weights and caches
@@ -65,6 +65,7 @@ class Step:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.positions = torch.full_like(self.tokens, context - 1)
         self.draws = Draws.greedy(rows, weight.device)
+        self.counters = torch.zeros(8, dtype=torch.int32, device=weight.device)
         self.attention, self.attention_name = None, None
 
     def choose(self, timer):
@@ -88,18 +89,15 @@ class Step:
         cos, sin = rotary_angles(
             self.positions, config.attention_rotary_dim, config.rotary_base, dtype
         )
-        x, update = self.model._embed(self.tokens), None
+        first, *following = self.model._projections()
+        x, qkv = norm_linear(self.model._embed(self.tokens), None, first.norm, *first.weights)
         for i, layer in enumerate(self.model.layers):
             k_cache, v_cache = self.caches[i % len(self.caches)]
-            x, qkv = norm_linear(x, update, layer.norm1, layer.mixer.qkv_proj.weight)
             q = _store(qkv, cos, sin, k_cache, v_cache)
             k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
             out = self.attention(q[:, :, None], k, v, scale)[:, :, 0, : self.head_dim]
-            update = linear(out.flatten(-2), layer.mixer.out_proj.weight)
-            fc1, fc2 = layer.mlp.fc1.weight, layer.mlp.fc2.weight
-            x, update = norm_mlp(x, update, layer.norm2, fc1, fc2)
-        _, logits = norm_linear(x, update, self.model.norm, self.model.embedding.weight)
-        logits = logits[:, : config.vocab_size]
+            x, qkv = layer.decode_tail(x, out.flatten(-2), following[i], self.counters)
+        logits = qkv[:, : config.vocab_size]
         self.tokens.copy_(sample(logits, self.draws, self.positions, False))
 
 
