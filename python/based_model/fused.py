@@ -195,7 +195,12 @@ def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
 
 
 def join_memory(*weights: nn.Parameter):
-    """Moves matrices of equal width to where they lie one behind the other, as one matrix."""
+    """Moves matrices of equal width to where they lie one behind the other, as one matrix.
+
+    Those that lie so already stay: graphs may have been captured with them.
+    """
+    if _joined(weights) is not None:
+        return
     parts = torch.cat([weight.detach() for weight in weights]).split([len(w) for w in weights])
     for weight, part in zip(weights, parts, strict=True):
         weight.data = part

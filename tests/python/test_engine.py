@@ -312,3 +312,14 @@ def test_projections_are_joined_without_a_change_to_the_model(device):
     other = tiny_model(device)
     other.layers[1].mixer.q_proj.weight *= -8
     assert changed == plain(other, torch.tensor([3]), 20, Sampling(), 0) != expected
+
+
+def test_a_second_engine_leaves_the_first_one_alone(device):
+    """Graphs of the first have the places of the weights in them."""
+    model, wanted = tiny_model(device), requests_of(4)
+    first = Engine(model, 3, batch_sizes=[3])
+    before = served(first, wanted, [0, 0, 1, 2])
+    places = [p.data_ptr() for p in model.parameters()]
+    Engine(model, 2)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert served(first, wanted, [0, 0, 1, 2]) == before
