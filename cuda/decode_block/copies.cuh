@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_weights(const BlockArgs& args, BlockShared<
   for_each_tile(args, [&](int, const BlockStage& stage, const BlockWork& work) {
     for (int block = 0; block < work.count; ++block) {
       if (turn >= Shared::kSlots) shared.weights_empty[place.slot].wait(place.parity ^ 1);
-      if (turn >= Shared::kOnTheirWay) {
+      if (turn >= kBlockOnTheirWay) {
         shared.weights_full[awaited.slot].wait(awaited.parity);
         awaited.advance();
       }

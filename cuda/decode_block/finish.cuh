@@ -9,32 +9,33 @@
 
 namespace based::cuda {
 
-// Of a group of eight rows, the place for one CTA's sums.
-template <int kRows>
-__device__ __forceinline__ float4* sums_of(BlockShared<kRows>& shared, int groups, int part,
-                                           int group) {
-  const int place = (part * groups + group) * kBlockComputing + threadIdx.x;
-  return reinterpret_cast<float4*>(shared.sums) + place;
+__device__ __forceinline__ void meet_computing() {
+  asm volatile("barrier.sync 2, 256;" ::: "memory");
 }
 
-// Sends the sums to those who add them up.
+// Gives the sums to those who add them up.
 template <int kRows>
-__device__ __forceinline__ void send_sums(const float (&sums)[kRows / 2],
+__device__ __forceinline__ void give_sums(const float (&sums)[kRows / 2],
                                           BlockShared<kRows>& shared, const BlockStage& stage,
                                           const BlockWork& work) {
+  meet_computing();  // x was read
 #pragma unroll
   for (int group = 0; group < kRows / 8; ++group) {
     if (group >= work.groups) break;
-    const int owner = ((group + 1) * stage.splits - 1) / work.groups;
-    const int begin = owner * work.groups / stage.splits;
-    const int count = (owner + 1) * work.groups / stage.splits - begin;
-    float4* const to = sums_of(shared, count, work.part, group - begin);
-    const float4 x = {sums[4 * group], sums[4 * group + 1], sums[4 * group + 2],
-                      sums[4 * group + 3]};
-    if (owner == work.part) {
-      *to = x;  // this thread reads it
-    } else {
-      send(shared_address(to), shared.sums_full, work.leader + owner, x);
+    *shared.own_sums(group) = {sums[4 * group], sums[4 * group + 1], sums[4 * group + 2],
+                               sums[4 * group + 3]};
+  }
+  fence_proxy_async();
+  meet_computing();
+  const int other = static_cast<int>(threadIdx.x);
+  if (other < stage.splits && other != work.part) {
+    const int begin = other * work.groups / stage.splits;
+    const int count = (other + 1) * work.groups / stage.splits - begin;
+    using Shared = BlockShared<kRows>;
+    if (count > 0) {
+      copy_to_rank(shared_address(shared.sums) + work.part * count * Shared::kGroupBytes,
+                   shared_address(shared.x) + begin * Shared::kGroupBytes,
+                   count * Shared::kGroupBytes, shared.sums_full, work.leader + other);
     }
   }
 }
@@ -81,7 +82,10 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
     if (!kSwiglu && stage.bias != nullptr) bias[c] = to_float(stage.bias[place.column + 8 * c]);
     if (adds) norm[c] = to_float(stage.norm[place.column + 8 * c]);
   }
-  float residual[kBatch][4];
+  // Of every warp and row; they lie where this CTA would send itself its sums.
+  float* const warp_squares = reinterpret_cast<float*>(shared.sums) +
+                              work.part * count * (BlockShared<kRows>::kGroupBytes / 4);
+  float residual[kBatch][4] = {};
   const auto load_residual = [&](int first) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -103,24 +107,30 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
       float y[4] = {}, squares[2] = {};
 #pragma unroll
       for (int part = 0; part < kSplits; ++part) {
-        const float4 x = *sums_of(shared, count, part, in_share);
+        const float4 x = part == work.part ? *shared.own_sums(group)
+                                           : *shared.others_sums(part * count + in_share);
         y[0] += x.x, y[1] += x.y, y[2] += x.z, y[3] += x.w;
       }
-      place.for_each(args, group, [&](int i, int row, int column) {
-        const float scale = scaled ? shared.scales[row] : 1.0f;
-        float out = y[i] * scale;
+      // What is none of out is computed too, and not stored: 0 in columns, anything in rows.
+#pragma unroll
+      for (int i = 0; i < 2 * Place::kColumns; ++i) {
+        const float scale = scaled ? shared.scales[group * 8 + place.in_group + i % 2] : 1.0f;
+        y[i] = y[i] * scale + bias[i / 2];
         if constexpr (kSwiglu) {
           const float gate = y[i + 2] * scale;
-          out *= gate / (1.0f + __expf(-gate));
+          y[i] = __fdividef(y[i] * gate, 1.0f + __expf(-gate));
         }
-        out += bias[i / 2];
         if (adds) {
-          out += residual[b][i];
-          squares[i % 2] += out * out;
-          stage.residual_out[int64_t(row) * stage.columns + column] = out;
-          out *= norm[i / 2];
+          y[i] += residual[b][i];
+          squares[i % 2] += y[i] * y[i];
         }
-        stage.out[row * stage.out_stride + column] = from_float<BlockElement>(out);
+      }
+      place.for_each(args, group, [&](int i, int row, int column) {
+        if (adds) {
+          stage.residual_out[int64_t(row) * stage.columns + column] = y[i];
+          y[i] *= norm[i / 2];
+        }
+        stage.out[row * stage.out_stride + column] = from_float<BlockElement>(y[i]);
       });
       if (adds) {  // of the warp's 16 columns
 #pragma unroll
@@ -130,23 +140,23 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
             squares[i] += __shfl_xor_sync(~0u, squares[i], mask);
           }
           if (threadIdx.x % 32 < 4) {
-            shared.squares()[threadIdx.x / 32 * kRows + group * 8 + place.in_group + i] =
+            warp_squares[threadIdx.x / 32 * 8 * count + in_share * 8 + place.in_group + i] =
                 squares[i];
           }
         }
       }
     }
   }
-  asm volatile("barrier.sync 2, 256;" ::: "memory");
+  meet_computing();
   if (adds) {
-    const int row = work.begin * 8 + static_cast<int>(threadIdx.x);
-    if (row < work.end * 8) {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < count * 8) {
       float sum = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < 8; ++warp) sum += shared.squares()[warp * kRows + row];
-      stage.squares_out[work.tile * kDecodeBlockMaxRows + row] = sum;
+      for (int warp = 0; warp < 8; ++warp) sum += warp_squares[warp * 8 * count + row];
+      stage.squares_out[work.tile * kDecodeBlockMaxRows + work.begin * 8 + row] = sum;
     }
-    asm volatile("barrier.sync 2, 256;" ::: "memory");
+    meet_computing();
   }
 }
 

@@ -7,38 +7,79 @@
 
 namespace based::cuda {
 
-// sums (64, kRows) of a warpgroup.
+// A warp's rows of a block of weights as left operands of wgmma, one for each 16 columns.
+__device__ __forceinline__ void load_weights(uint32_t (&operands)[kBlockColumns / 16][4],
+                                             uint32_t block) {
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 16, half = threadIdx.x % 32 / 16;
+#pragma unroll
+  for (int k = 0; k < kBlockColumns / 16; ++k) {
+    ldmatrix_x4<false>(operands[k], block + row * 128 + ((2 * k + half) ^ row % 8) * 16);
+  }
+}
+
+// sums (64, kRows) of a warpgroup. While the stage before is not finished, the threads' registers
+// hold what the ring has no room for.
 template <int kRows>
 __device__ __forceinline__ void multiply(float (&sums)[kRows / 2], BlockShared<kRows>& shared,
                                          int count, RingPlace<BlockShared<kRows>::kSlots>& weights,
                                          RingPlace<BlockShared<kRows>::kXSlots>& x) {
   using Shared = BlockShared<kRows>;
+  constexpr int kHeld = kBlockHeld, kSteps = kBlockColumns / 16;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const auto weights_at = [&](int slot) {
+    return shared_address(shared.weights) + slot * Shared::kWeightBytes;
+  };
+  const auto x_at = [&](int slot) {
+    return wgmma_swizzled_descriptor(shared_address(shared.x) + slot * Shared::kXBytes);
+  };
+  uint32_t held[kHeld][kSteps][4];
+#pragma unroll
+  for (int block = 0; block < kHeld; ++block) {
+    if (block >= count) break;
+    shared.weights_full[weights.slot].wait(weights.parity);
+    load_weights(held[block], weights_at(weights.slot));
+    __syncwarp();
+    if (first_lane) shared.weights_empty[weights.slot].arrive();
+    weights.advance();
+  }
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
   pin(sums);
-  int last_weights = 0, last_x = 0;
+  int last_x = -1, last_weights = -1;  // to be released
+  // When the products before this block's are done.
   const auto release = [&] {
-    if (threadIdx.x % 32 != 0) return;
-    shared.weights_empty[last_weights].arrive();
-    shared.x_empty[last_x].arrive();
+    if (last_x >= 0 && first_lane) shared.x_empty[last_x].arrive();
+    if (last_weights >= 0 && first_lane) shared.weights_empty[last_weights].arrive();
+    last_x = x.slot, last_weights = -1;
   };
-  for (int block = 0; block < count; ++block) {
-    shared.weights_full[weights.slot].wait(weights.parity);
+#pragma unroll
+  for (int block = 0; block < kHeld; ++block) {
+    if (block >= count) break;
     shared.x_full[x.slot].wait(x.parity);
-    const uint64_t a = wgmma_swizzled_descriptor(shared_address(shared.weights) +
-                                                 weights.slot * Shared::kWeightBytes +
-                                                 threadIdx.x / 128 * (Shared::kWeightBytes / 2));
-    const uint64_t b =
-        wgmma_swizzled_descriptor(shared_address(shared.x) + x.slot * Shared::kXBytes);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockColumns / 16; ++k) {
-      wgmma_ss_nt<BlockElement>(sums, a + 2 * k, b + 2 * k, true);  // 32 bytes
+    for (int k = 0; k < kSteps; ++k) {
+      wgmma_rs<BlockElement, kRows, false>(sums, held[block][k], x_at(x.slot) + 2 * k, true);
     }
     wgmma_commit();
     wgmma_wait<1>();
-    if (block > 0) release();
-    last_weights = weights.slot, last_x = x.slot;
+    release();
+    x.advance();
+  }
+  for (int block = kHeld; block < count; ++block) {
+    shared.weights_full[weights.slot].wait(weights.parity);
+    shared.x_full[x.slot].wait(x.parity);
+    const uint64_t a = wgmma_swizzled_descriptor(weights_at(weights.slot) +
+                                                 threadIdx.x / 128 * (Shared::kWeightBytes / 2));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      wgmma_ss_nt<BlockElement>(sums, a + 2 * k, x_at(x.slot) + 2 * k, true);  // 32 bytes
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    release();
+    last_weights = weights.slot;
     weights.advance(), x.advance();
   }
   wgmma_wait<0>();
@@ -59,7 +100,7 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
     {
       float sums[kRows / 2];
       multiply(sums, shared, work.count, weights, x);
-      send_sums(sums, shared, stage, work);
+      give_sums(sums, shared, stage, work);
     }
     const auto finish = [&](auto splits) {
       constexpr int kSplits = decltype(splits)::value;

@@ -65,7 +65,7 @@ constexpr int kBlockThreads = 352;  // eight warps that compute, and three that 
 template <int kRows>
 struct BlockShared {
   static constexpr int kXSlots = block_x_slots(kRows), kXBytes = kRows * 128;
-  static constexpr int kWeightBytes = kBlockTile * 128, kOnTheirWay = block_on_their_way(kRows);
+  static constexpr int kWeightBytes = kBlockTile * 128;
   // Of eight rows, a float4 of every computing thread; at most so many of so many CTAs.
   static constexpr int kGroupBytes = 16 * kBlockComputing;
   static constexpr int kSumsBytes =
@@ -81,8 +81,13 @@ struct BlockShared {
   Mbarrier sums_full;
   float scales[kRows];  // 1 / root mean square, of the rows that this CTA finishes
 
-  // Between stages x's ring is free: (8, kRows), the sums of squares of every warp.
-  __device__ __forceinline__ float* squares() { return reinterpret_cast<float*>(x); }
+  // A computing thread's sums of a group of rows: this CTA's, where x was, and those it was given.
+  __device__ __forceinline__ float4* own_sums(int group) {
+    return reinterpret_cast<float4*>(x) + group * kBlockComputing + threadIdx.x;
+  }
+  __device__ __forceinline__ float4* others_sums(int place) {
+    return reinterpret_cast<float4*>(sums) + place * kBlockComputing + threadIdx.x;
+  }
   __device__ __forceinline__ void init() {
     for (Mbarrier& barrier : weights_full) barrier.init(1);
     for (Mbarrier& barrier : x_full) barrier.init(1);

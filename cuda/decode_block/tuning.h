@@ -3,16 +3,15 @@
 
 namespace based::cuda {
 
-constexpr int kBlockTile = 128;     // rows of the weights that a CTA owns
-constexpr int kBlockColumns = 64;   // columns that a copy brings
-constexpr int kBlockCluster = 8;    // CTAs that can share K
-constexpr int kBlockClusters = 16;  // at most
+constexpr int kBlockTile = 128;      // rows of the weights that a CTA owns
+constexpr int kBlockColumns = 64;    // columns that a copy brings
+constexpr int kBlockCluster = 8;     // CTAs that can share K
+constexpr int kBlockClusters = 16;   // at most
+constexpr int kBlockOnTheirWay = 2;  // copies of weights that a CTA has asked for
+constexpr int kBlockHeld = 4;        // blocks of weights that the threads' registers hold
 constexpr int kBlockBarrierBytes = 1024;
 
 // Blocks of x that a CTA has room for, at `rows` rows of x.
 constexpr int block_x_slots(int rows) { return rows <= 32 ? 8 : 4; }
-
-// Copies of weights that a CTA has asked for at a time.
-constexpr int block_on_their_way(int rows) { return rows <= 64 ? 2 : 3; }
 
 }  // namespace based::cuda

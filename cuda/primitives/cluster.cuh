@@ -47,17 +47,18 @@ __device__ __forceinline__ float4 load_remote(uint32_t address, int rank) {
   return x;
 }
 
-// Sends x to where `address` (a multiple of 16) is in the CTA of that rank; its bytes arrive on the
-// `barrier` there, which expects them (Mbarrier::expect). Needs no fence.
-__device__ __forceinline__ void send(uint32_t address, const Mbarrier& barrier, int rank,
-                                     float4 x) {
+// Copies so many bytes (addresses and size: multiples of 16) to where `to` is in the CTA of that
+// rank; they arrive on the `barrier` there, which expects them (Mbarrier::expect). Ordinary writes
+// of `from` need a fence_proxy_async() before.
+__device__ __forceinline__ void copy_to_rank(uint32_t to, uint32_t from, int bytes,
+                                             const Mbarrier& barrier, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
-      "{.reg .b32 to, there; mapa.shared::cluster.u32 to, %0, %2;\n"
-      "mapa.shared::cluster.u32 there, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3,%4,%5,%6}, "
-      "[there];}\n" ::"r"(address),
-      "r"(shared_address(&barrier)), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+      "{.reg .b32 there, full; mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 full, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, "
+      "[full];}\n" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(shared_address(&barrier)), "r"(rank)
       : "memory");
 #endif
 }

@@ -71,10 +71,10 @@ __device__ __forceinline__ uint64_t wgmma_swizzled_descriptor(uint32_t address) 
 #define BASED_REGS40                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
-#define BASED_REGS64                                                                               \
-  BASED_REGS40                                                                                     \
-      ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%" \
-      "62,%63"
+#define BASED_REGS64                                                                           \
+  BASED_REGS40                                                                                 \
+  ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%" \
+  "62,%63"
 #define BASED_REGS72                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"   \
@@ -107,7 +107,13 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[
                : BASED_ALL##regs                                                           \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), \
                  "n"(int(kTransposeB)))
-  if constexpr (N == 32 && !kHalf) {
+  if constexpr (N == 8 && !kHalf) {
+    BASED_WGMMA_RS(8, 4, "bf16", 4, 5, 6, 7, 8, 9, 10);
+  } else if constexpr (N == 16 && !kHalf) {
+    BASED_WGMMA_RS(16, 8, "bf16", 8, 9, 10, 11, 12, 13, 14);
+  } else if constexpr (N == 128 && !kHalf) {
+    BASED_WGMMA_RS(128, 64, "bf16", 64, 65, 66, 67, 68, 69, 70);
+  } else if constexpr (N == 32 && !kHalf) {
     BASED_WGMMA_RS(32, 16, "bf16", 16, 17, 18, 19, 20, 21, 22);
   } else if constexpr (N == 32) {
     BASED_WGMMA_RS(32, 16, "f16", 16, 17, 18, 19, 20, 21, 22);
