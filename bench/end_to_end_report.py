@@ -1,7 +1,6 @@
 """Results of end_to_end.py -> markdown tables for RESULTS.md and README, and one figure."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 from based_model import PRESETS, Based
@@ -75,7 +74,8 @@ def markdown(results: dict, figure: str) -> str:
     cells, ceilings = results["cells"], results["ceilings"]
     parts = [
         f"## {results['machine']['name']}, end to end",
-        f"torch {results['machine']['torch']}, {every(cells, 'date')}, commit {commits(cells)}. "
+        f"torch {results['machine']['torch']}, {every(cells, 'date')}, "
+        f"commits {every(cells, 'commit')}. "
         f"Copy {ceilings['bandwidth_gb_s']:.0f} GB/s, matrix product "
         f"{max(ceilings['gemm_tflop_s'].values()):.0f} TFLOP/s.",
         NOTES,
@@ -124,17 +124,6 @@ def remarks(cells: dict) -> str:
     return "\n".join(found)
 
 
-def commits(cells: dict) -> str:
-    """The commit of most cells, and which cells are of another."""
-    counts = Counter(cell["commit"] for cell in cells.values())
-    (main, _), *others = counts.most_common()
-    parts = [
-        f"{commit} ({', '.join(name for name, c in cells.items() if c['commit'] == commit)})"
-        for commit, _ in others
-    ]
-    return ", ".join([main, *parts])
-
-
 def find(cells: dict, work: str, model: str, batch, length: int) -> dict | None:
     cell = cells.get(f"{work} {model} B{batch} T{length}")
     return cell if cell and "median_ms" in cell else None
@@ -173,7 +162,7 @@ def times(cells: dict, cell: dict, ours: str) -> str:
 
 def decode_rows(cells: dict, ceilings: dict):
     header = ("context", "batch", "model", "ms a step", "samples", "tokens per ms", "x", "of floor")
-    yield (*header, "peak GB", "attention")
+    yield (*header, "peak GB", "commit", "attention")
     for cell in of_work(cells, "decode"):
         floor = cell["bytes"] / ceilings["bandwidth_gb_s"] / 1e6
         batch = f"{cell['rows']} (max)" if cell["batch"] < 0 else str(cell["batch"])
@@ -187,6 +176,7 @@ def decode_rows(cells: dict, ceilings: dict):
             times(cells, cell, OURS),
             f"{floor / cell['median_ms']:.0%}",
             f"{cell['peak_gb']:.1f}",
+            cell["commit"],
             cell.get("attention", ""),
         )
 
@@ -213,7 +203,7 @@ def target_value(cells: dict, work: str, batch, length: int, other: str | None) 
 
 
 def prefill_rows(cells: dict):
-    yield ("prefill (B, T)", "model", "ms", "samples", "tokens per ms", "x", "peak GB")
+    yield ("prefill (B, T)", "model", "ms", "samples", "tokens per ms", "x", "peak GB", "commit")
     for cell in of_work(cells, "prefill"):
         yield (
             f"({cell['batch']}, {cell['length']})",
@@ -223,11 +213,13 @@ def prefill_rows(cells: dict):
             f"{cell['tokens_per_ms']:.3g}",
             times(cells, cell, OURS),
             f"{cell['peak_gb']:.1f}",
+            cell["commit"],
         )
 
 
 def train_rows(cells: dict):
-    yield ("training step (B, T)", "model", "ms", "samples", "tokens per s", "x", "MFU", "peak GB")
+    header = ("training step (B, T)", "model", "ms", "samples", "tokens per s", "x", "MFU")
+    yield (*header, "peak GB", "commit")
     for cell in of_work(cells, "train"):
         yield (
             f"({cell['batch']}, {cell['length']})",
@@ -238,6 +230,7 @@ def train_rows(cells: dict):
             times(cells, cell, SMALL_OURS),
             f"{cell['mfu']:.1%}",
             f"{cell['peak_gb']:.1f}",
+            cell["commit"],
         )
 
 
@@ -251,7 +244,8 @@ def profile(cell: dict) -> str:
     ]
     title = (
         f"{cell['work']}, {ROLES[cell['model']]}, batch {cell['batch']}, {cell['length']} tokens: "
-        f"{cell['median_ms']:.3f} ms, of which kernels {cell['kernel_ms']:.3f} ms"
+        f"{cell['median_ms']:.3f} ms, of which kernels {cell['kernel_ms']:.3f} ms, "
+        f"commit {cell['commit']}"
     )
     return f"{title}\n\n{table(rows)}"
 
