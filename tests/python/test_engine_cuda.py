@@ -8,6 +8,7 @@ import torch
 
 from based_model import PRESETS, Based, Engine, ModelConfig, Sampling
 from based_model.sampling import Draws, sample
+from support import error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -81,15 +82,16 @@ class Recorded(Engine):
 @pytest.mark.parametrize("slots", [1, 8, 40])
 @pytest.mark.parametrize("config", [SMALL, PRESETS["based-360m"]], ids=["small", "based-360m"])
 def test_graph_on_cuda_follows_the_forward(config, slots):
-    """Teacher-forced: logits within 2e-2 of forward()'s, and as near to those of the fp32 model.
+    """Teacher-forced: logits as near to the fp32 model's as forward()'s are, for every text.
 
     The argmax too wherever the best leads by more than 2e-2 of the largest logit: bf16 logits above
     2 lie 0.016 apart, and forward() itself has other argmaxes than the fp32 model up to 1.7e-2.
+    The two are as far from each other as from that model, because decode_block rounds elsewhere.
     """
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Based(config).bfloat16().requires_grad_(False)
-    exact_model, errors = copy.deepcopy(model).float(), []
+    exact_model = copy.deepcopy(model).float()
     engine = Recorded(model, slots, context=256, batch_sizes=[slots])
     prompts = torch.randint(config.vocab_size, (slots, 150)).tolist()
     requests = [
@@ -110,18 +112,14 @@ def test_graph_on_cuda_follows_the_forward(config, slots):
         prompt = prompt[: len(request.prompt)]
         text = torch.tensor([prompt + request.tokens], device="cuda")
         with torch.no_grad():
-            expected = model(text)[0, len(prompt) : -1].float()
+            forward = model(text)[0, len(prompt) : -1]
             exact = exact_model(text)[0, len(prompt) : -1]
         got = torch.stack(own)
-        assert got.shape == expected.shape
-        error = ((got - expected).norm() / expected.norm()).item()
-        assert error <= 2e-2, (error, (got - expected).abs().max())
-        first, second = expected.topk(2, -1).values.unbind(-1)
-        clear = first - second > 2e-2 * expected.abs().amax(-1)
-        assert clear.any() and torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
-        errors.append([(x - exact).square().sum() for x in (got, expected)])
-    ours, forward = torch.tensor(errors).sum(0).sqrt()
-    assert ours <= 1.1 * forward
+        assert got.shape == forward.shape
+        assert error(got, exact) <= 1.1 * error(forward, exact) <= 2.5e-2
+        first, second = exact.topk(2, -1).values.unbind(-1)
+        clear = first - second > 2e-2 * exact.abs().amax(-1)
+        assert clear.any() and torch.equal(got.argmax(-1)[clear], exact.argmax(-1)[clear])
 
 
 @pytest.mark.parametrize("slots", [8, 130])
