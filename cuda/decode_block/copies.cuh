@@ -64,7 +64,7 @@ __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
     for (; ready < s; ++ready) wait_for_stage(args, ready);
     // Other threads wrote x, and used its ring for sums: the copy engine comes after them.
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.global;\n fence.proxy.async.shared::cta;" ::: "memory");
     for (int block = 0; block < work.count; ++block) {
       if (turn >= Shared::kXSlots) shared.x_empty[place.slot].wait(place.parity ^ 1);
       ++turn;
