@@ -7,11 +7,10 @@
 // memory is busy while the stages change.
 //
 // A CTA takes a tile of 128 rows of the weights (with SwiGLU eight of values and eight of their
-// gates in turns)
-// and a span of K. The CTAs that share K lie in one cluster; each sends its sums of eight rows of x
-// to the CTA that adds them up, in the order of the spans. A norm is not computed before a product
-// but with it: x times the norm's weight is what the stage before leaves, with sums of squares, and
-// the product's rows are divided by the root mean square.
+// gates in turns) and a span of K. The CTAs that share K lie in one cluster; each sends its sums of
+// eight rows of x to the CTA that adds them up, in the order of the spans. A norm is not computed
+// before a product but with it: x times the norm's weight is what the stage before leaves, with
+// sums of squares, and the product's rows are divided by the root mean square.
 #pragma once
 
 #include <cuda.h>
