@@ -2,14 +2,14 @@
 
     python bench/end_to_end.py --out FILE.json [--list] [CELL ...]
 
-A cell is one model at one size; --list names them, most important first, and a regular expression
-chooses. Each cell is in FILE.json as soon as it is measured, and one that is there is not measured
-again, so a run may be cut off and continued. With no --out the file is
+A cell is one model at one size; --list names them, most important first, and regular expressions
+choose, in their order. Each cell is in FILE.json as soon as it is measured, and one that is there
+is not measured again, so a run may be cut off and continued. With no --out the file is
 bench/results/end-to-end-<machine>.json; bench/run.py --render puts it into RESULTS.md and README.
 
 Random weights in bf16. Our decode steps run in based_model.Engine, host included. A context is
 entered by filling the states with random numbers. The Transformer's decode step is
-transformer_step.py: the same kernels around stock attention over the exact cached prefix.
+transformer_step.py: products and norms of ours around stock attention over the exact cached prefix.
 """
 
 import argparse
@@ -96,7 +96,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the cells' names and stop")
     args = parser.parse_args()
     wanted = args.cells or [""]
-    chosen = [c for c in cells() if any(re.search(pattern, c.name) for pattern in wanted)]
+    found = [c for pattern in wanted for c in cells() if re.search(pattern, c.name)]
+    chosen = list(dict.fromkeys(found))
     if args.list:
         return print("\n".join(cell.name for cell in chosen))
 

@@ -133,7 +133,7 @@ def skinny_linear(bf16):
 def decode_block(bf16):
     """Behind a convolution and before one, in based-1.4b."""
     others = [Implementation("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block))]
-    for rows in (8, 32, 64, 128):
+    for rows in (1, 8, 32, 64, 128):
         yield build.decode_block(rows, 3584, 1792, 3584, 7168, others=others, **bf16)
 
 

@@ -1,11 +1,12 @@
 """A Transformer's decode step at its best: stock attention over exactly the cached tokens.
 
-Norms, SwiGLU and products are those of our own step (based_model.fused), rotary and the write to
-the cache are one compiled kernel, and the attention is the fastest that torch ships for the shape,
-found by trying. (FlexAttention, which has to be compiled for each shape, was slower than cuDNN's at
-the three shapes where it was tried on an H100: 1.24 against 1.20 ms for 64 rows at 8,192 tokens.)
-One CUDA graph for each length: a server could not do that for every length, so this is what no
-server beats.
+Norms, SwiGLU and products are those of based_model.fused (one row: gemv; up to 64: skinny_linear;
+beyond: cuBLAS and torch.compile), but not decode_block, which would serve it as well. Rotary and
+the write to the cache are one compiled kernel, and the attention is the fastest that torch ships
+for the shape, found by trying. (FlexAttention, which has to be compiled for each shape, was slower
+than cuDNN's at the three shapes where it was tried on an H100: 1.24 against 1.20 ms for 64 rows at
+8,192 tokens.) One CUDA graph for each length: a server could not do that for every length, so this
+is what no server beats.
 """
 
 from statistics import linear_regression, median
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from based_model.fused import norm_linear, rotary_angles
+from based_model.fused import linear, norm_linear, norm_mlp, rotary_angles
 from based_model.sampling import Draws, sample
 
 RESERVE = 3e9  # bytes that a step needs beside weights and caches
@@ -65,7 +66,6 @@ class Step:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self.positions = torch.full_like(self.tokens, context - 1)
         self.draws = Draws.greedy(rows, weight.device)
-        self.counters = torch.zeros(8, dtype=torch.int32, device=weight.device)
         self.attention, self.attention_name = None, None
 
     def choose(self, timer):
@@ -89,15 +89,18 @@ class Step:
         cos, sin = rotary_angles(
             self.positions, config.attention_rotary_dim, config.rotary_base, dtype
         )
-        first, *following = self.model._projections()
-        x, qkv = norm_linear(self.model._embed(self.tokens), None, first.norm, *first.weights)
+        x, update = self.model._embed(self.tokens), None
         for i, layer in enumerate(self.model.layers):
             k_cache, v_cache = self.caches[i % len(self.caches)]
+            x, qkv = norm_linear(x, update, layer.norm1, layer.mixer.qkv_proj.weight)
             q = _store(qkv, cos, sin, k_cache, v_cache)
             k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
             out = self.attention(q[:, :, None], k, v, scale)[:, :, 0, : self.head_dim]
-            x, qkv = layer.decode_tail(x, out.flatten(-2), following[i], self.counters)
-        logits = qkv[:, : config.vocab_size]
+            update = linear(out.flatten(-2), layer.mixer.out_proj.weight)
+            fc1, fc2 = layer.mlp.fc1.weight, layer.mlp.fc2.weight
+            x, update = norm_mlp(x, update, layer.norm2, fc1, fc2)
+        _, logits = norm_linear(x, update, self.model.norm, self.model.embedding.weight)
+        logits = logits[:, : config.vocab_size]
         self.tokens.copy_(sample(logits, self.draws, self.positions, False))
 
 
