@@ -37,17 +37,18 @@ NOTES = """\
 Random weights, bf16. Based decodes in based_model.Engine, greedy, host included; the
 Transformer's step is a CUDA graph of our products, norms and SwiGLU, those of one row and of 64
 at most by kernels of our own, around the fastest stock attention over exactly the cached prefix
-(bench/transformer_step.py; heads of 70 are cached in rows of 72, which spares a copy), without a
-host and without decode_block, which would serve it as well. Context 0: a text of 1,024 tokens
+(bench/transformer_step.py; heads of 70 are cached in rows of 72, which spares a copy), without
+a host and without decode_block, which would serve it as well. Context 0: a text of 1,024 tokens
 from its first one on, without a prompt (Transformer: a line through steps at four lengths).
 Prefill: both models in the same code, the Transformer's attention cuDNN's, of heads of 70
 FlashAttention-2, and without keeping its caches, which might not fit. Training: a step of
-based_model.train with --compile --precision bf16; MFU counts 6 FLOP a parameter and token, of 989
-TFLOP/s. of floor: the bytes of weights and states that a step must move, at the speed of a copy.
-^ the caches of all layers do not fit this card: layers take turns with those that do, which takes
-the same time. x: that model's time a token over Based's at equal batch (max: each at its own) and
-length. samples: repetitions of which the median is shown; one of a decode step is 16 steps, or
-all 1,024 of a text; of the Transformer's 4 replays, or one that reads 2^19 cached tokens or more."""
+based_model.train with --compile --precision bf16; MFU counts 6 FLOP a parameter and token, of
+989 TFLOP/s. of floor: the bytes of weights and states that a step must move, at the speed of a
+copy. ^ the caches of all layers do not fit this card: layers take turns with those that do,
+which takes the same time. x: that model's time a token over Based's at equal batch (max: each
+at its own) and length. samples: repetitions of which the median is shown; one of a decode step
+is 16 steps, or all 1,024 of a text; of the Transformer's 4 replays, or one that reads 2^19
+cached tokens or more."""
 
 
 def render(path: Path) -> str:
