@@ -2,10 +2,10 @@
 the projections behind them.
 
 Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile. Where reading
-the weights is all there is to do, the products are kernels of our own: for a single row gemv.py,
-which has the elementwise parts in it; on Hopper, for 2 to 128 rows in bf16, based_ops.decode_block,
-which is all that lies between two mixers, and beside it, for 2 to 64 rows, based_ops.skinny_linear
-behind norm.py. For more rows, cuBLAS is as fast.
+the weights is all there is to do, the products are kernels of our own: on Hopper, for up to 128
+rows in bf16, based_ops.decode_block, which is all that lies between two mixers; for what it leaves,
+with a single row gemv.py, which has the elementwise parts in it, and on Hopper, for 2 to 64 rows,
+based_ops.skinny_linear behind norm.py. For more rows, cuBLAS is as fast.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from based_ops import build_info, decode_block, skinny_linear
 
-BLOCK_ROWS = range(2, 129)  # that decode_block is asked for
+BLOCK_ROWS = range(1, 129)  # that decode_block is asked for
 BLOCK_COLUMNS = 12288  # of each of its products; it takes 1024 for every 8 SMs of one cluster
 
 
