@@ -1,5 +1,6 @@
 // decode_block on Hopper.
 #include <algorithm>
+#include <array>
 #include <map>
 
 #include "based/ops.h"
@@ -12,6 +13,12 @@ namespace based::cuda {
 namespace {
 
 constexpr const char* kOp = "decode_block";
+
+// Of the stages.
+constexpr const char* kWeights[] = {"out_weight", "fc1", "fc2", "next_weight"};
+std::array<const TensorView*, kBlockStages> weights_of(const DecodeBlockParams& p) {
+  return {&p.out_weight, &p.fc1, &p.fc2, &p.next_weight};
+}
 
 int tiles_of(int64_t columns, int tile) { return static_cast<int>((columns + tile - 1) / tile); }
 
@@ -134,11 +141,13 @@ Status launch(const DecodeBlockParams& p, const Between& between, Stream stream)
     return make_status(StatusCode::kCudaError, "%s: tensor map: expected success, got %s", kOp,
                        cudaGetErrorString(error));
   }
-  for (const BlockStage& stage : args.stages) {
-    if (stage.tiles * stage.splits > clusters * kBlockCluster) {
-      return make_status(StatusCode::kUnsupported,
-                         "%s: weights: expected at most %d rows each, got more", kOp,
-                         clusters * kBlockCluster * kBlockTile);
+  const int ctas = clusters * kBlockCluster;
+  for (int s = 0; s < kBlockStages; ++s) {
+    const TensorView& weight = *weights_of(p)[s];
+    if (args.stages[s].tiles * args.stages[s].splits > ctas) {
+      return make_status(StatusCode::kUnsupported, "%s: %s: expected at most %d rows, got %lld",
+                         kOp, kWeights[s], ctas * kBlockTile,
+                         static_cast<long long>(weight.size[0]));
     }
   }
   launch_clusters<BlockArgs>(kernel, clusters, kBlockCluster, kBlockThreads, kBytes, true,
@@ -165,10 +174,13 @@ Status decode_block(const DecodeBlockParams& p, void* memory, Stream stream) {
         "%s: device: expected a GPU of compute capability 9.0 and a build for sm_90a, got another",
         kOp);
   }
-  for (const TensorView* weight : {&p.out_weight, &p.fc1, &p.fc2, &p.next_weight}) {
-    if (std::max(weight->size[0], weight->size[1]) > 1 << 24) {
+  for (int s = 0; s < kBlockStages; ++s) {
+    const TensorView& weight = *weights_of(p)[s];
+    const int64_t most = std::max(weight.size[0], weight.size[1]);
+    if (most > 1 << 24) {
       return make_status(StatusCode::kUnsupported,
-                         "%s: weights: expected at most 2^24 rows and columns, got more", kOp);
+                         "%s: %s: expected at most 2^24 rows and columns, got %lld", kOp,
+                         kWeights[s], static_cast<long long>(most));
     }
   }
   Workspace workspace(memory);

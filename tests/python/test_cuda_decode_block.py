@@ -268,7 +268,7 @@ def test_two_streams(rows):
     [
         ({"mixed": (129, 400)}, "mixed", "at most 128 rows", "129"),
         ({"x": (2, 272)}, "x", "dtype float32", "bfloat16"),
-        ({"next_weight": (20000, 264), "next_bias": None}, "weights", "at most", "more"),
+        ({"next_weight": (20000, 264), "next_bias": None}, "next_weight", "at most", "20000"),
         ({"fc2": (264, 336)}, "fc2", "shape (d, m) = (264, 328)", "(264, 336)"),
         ({"next_bias": (521,)}, "next_bias", "shape (M,) = (520,)", "(521,)"),
         ({"counters": torch.zeros(8, dtype=torch.int32)}, "counters", "device cuda:0", "cpu"),
