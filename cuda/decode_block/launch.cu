@@ -97,7 +97,10 @@ int clusters_at_once(Kernel kernel, int bytes) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(kBlockClusters * kBlockCluster), config.blockDim = dim3(kBlockThreads);
     config.dynamicSmemBytes = bytes, config.attrs = &size, config.numAttrs = 1;
-    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+      clusters = 0;
+      cudaGetLastError();
+    }
   }
   return std::min(clusters, kBlockClusters);
 }

@@ -190,7 +190,7 @@ def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
         and x.dtype == torch.float32
         and all(y.dtype == torch.bfloat16 and y.shape[-1] % 8 == 0 for y in factors)
         and all(len(y) <= BLOCK_COLUMNS for y in factors)
-        and _has_skinny_linear(x.device)
+        and _runs_wgmma(x.device)
     )
 
 
@@ -244,11 +244,12 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
         and 1 < len(x) <= 64
         and weight.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[-1] % 8 == 0
-        and _has_skinny_linear(x.device)
+        and _runs_wgmma(x.device)
     )
 
 
 @cache
-def _has_skinny_linear(device: torch.device) -> bool:
+def _runs_wgmma(device: torch.device) -> bool:
+    """Whether a GPU has kernels of skinny_linear and decode_block in this build."""
     capability = torch.cuda.get_device_capability(device)
     return capability == (9, 0) and "90a" in build_info()["cuda_architectures"]

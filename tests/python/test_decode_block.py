@@ -191,7 +191,7 @@ def test_when_the_model_asks(monkeypatch):
         weights = [zeros(*shape, dtype=dtype) for shape in shapes]
         return fused._one_kernel(zeros(rows, D, dtype=F32), *weights)
 
-    monkeypatch.setattr(fused, "_has_skinny_linear", lambda device: True)
+    monkeypatch.setattr(fused, "_runs_wgmma", lambda device: True)
     with torch.no_grad():
         assert not asks()
     monkeypatch.setattr(fused, "_decodes", lambda x: True)
