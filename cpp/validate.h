@@ -61,7 +61,7 @@ inline IndexTensors index_tensors(SlidingWindowDecodeParams& p) {
 inline IndexTensors index_tensors(ShortConvParams& p) { return {&p.cu_seqlens}; }
 inline IndexTensors index_tensors(ShortConvDecodeParams& p) { return {&p.state_indices}; }
 inline IndexTensors index_tensors(SkinnyLinearParams&) { return {}; }
-inline IndexTensors index_tensors(DecodeBlockParams&) { return {}; }
+inline IndexTensors index_tensors(DecodeBlockParams& p) { return {&p.state_indices}; }
 
 // A Status with a printf-style message "<op>: <argument>: expected ..., got ...".
 Status make_status(StatusCode code, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -78,7 +78,9 @@ Status first_failure(const Status& a, const Status& b) { return a.ok() ? b : a; 
 Status validate_indices(const TaylorFeatureMapParams&) { return {}; }
 Status validate_indices(const SkinnyLinearParams&) { return {}; }
 
-Status validate_indices(const DecodeBlockParams&) { return {}; }
+Status validate_indices(const DecodeBlockParams& p) {
+  return check_slots("decode_block", p.state_indices, p.conv_state.size[0]);
+}
 
 Status validate_indices(const LinearAttentionParams& p) {
   return check_cu_seqlens("linear_attention", p.cu_seqlens, p.q.size[1]);

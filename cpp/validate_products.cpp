@@ -13,6 +13,31 @@ void check_aligned_rows(Checker& check, const char* argument, const TensorView& 
   }
 }
 
+// The convolution of rows of `columns` products, all of its tensors or none.
+void check_convolution(Checker& check, const DecodeBlockParams& p, int64_t rows, int64_t columns) {
+  if (!given(p.conv_weight)) {
+    if (given(p.conv_state)) check.fail("conv_weight", "(C, taps) with conv_state", "no tensor");
+    if (given(p.state_indices))
+      check.fail("conv_weight", "(C, taps) with state_indices", "no tensor");
+    return;
+  }
+  check.require(columns % 16 == 0, "next_weight", "M = 2 C with conv_weight, C a multiple of 8",
+                double(columns));
+  const int64_t channels = columns / 2;
+  check.same("conv_weight", p.conv_weight, "(C, taps)", {channels, kAny});
+  if (!check.ok()) return;
+  const int64_t taps = p.conv_weight.size[1];
+  check.require(taps >= 2 && taps <= kDecodeBlockMaxTaps, "conv_weight", "2..4 taps", double(taps));
+  if (given(p.state_indices)) check.index("state_indices", p.state_indices, "(N,)", {rows});
+  check.same("conv_state", p.conv_state, "(slots, C, taps-1)",
+             {given(p.state_indices) ? kAny : rows, channels, taps - 1});
+  check.require(p.conv_state.stride[1] == taps - 1, "conv_state", "contiguous slots: stride taps-1",
+                double(p.conv_state.stride[1]));
+  TensorView slots = p.conv_state;  // as the copy engine takes them: whole
+  slots.size[1] *= slots.size[2];
+  check_aligned_rows(check, "conv_state", slots);
+}
+
 }  // namespace
 
 Status validate(const SkinnyLinearParams& p) {
@@ -78,9 +103,11 @@ Status validate(const DecodeBlockParams& p) {
   check_aligned_rows(check, "next_weight", p.next_weight);
   check.index("counters", p.counters, "(8,)", {kDecodeBlockCounters});
   if (p.counters.dtype != DType::kInt32) check.fail("counters", "int32", name(p.counters.dtype));
+  check_convolution(check, p, rows, columns);
   check.require(p.eps >= 0, "eps", "a number >= 0", p.eps);
   check.wide("x_out", p.x_out, "(N, d)", {rows, d});
-  check.same("out", p.out, "(N, M)", {rows, columns});
+  check.same("out", p.out, "(N, M) or (N, C)",
+             {rows, given(p.conv_weight) ? columns / 2 : columns});
   if (p.mixed.device.type != DeviceType::kCuda) {
     check.fail("mixed", "a tensor on a GPU", device_text(p.mixed.device).chars);
   }

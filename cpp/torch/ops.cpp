@@ -344,15 +344,20 @@ std::tuple<Tensor, Tensor> decode_block(const Tensor& mixed, const Tensor& x,
                                         const Tensor& norm, const Tensor& fc1, const Tensor& fc2,
                                         const Tensor& next_norm, const Tensor& next_weight,
                                         const OptionalTensor& next_bias, Tensor counters,
-                                        double eps) {
+                                        const OptionalTensor& conv_weight,
+                                        OptionalTensor conv_state,
+                                        const OptionalTensor& state_indices, double eps) {
   const Tensor x_out = fresh_like(x);
-  const Tensor out = empty(mixed, {size_of(x, 0), size_of(next_weight, 0)}, mixed.scalar_type());
+  const int64_t columns = size_of(next_weight, 0) / (conv_weight.has_value() ? 2 : 1);
+  const Tensor out = empty(mixed, {size_of(x, 0), columns}, mixed.scalar_type());
   DecodeBlockParams p;
   p.mixed = view(mixed), p.x = view(x), p.x_out = view(x_out), p.out = view(out);
   p.out_weight = view(out_weight), p.out_bias = view(out_bias), p.norm = view(norm);
   p.fc1 = view(fc1), p.fc2 = view(fc2), p.next_norm = view(next_norm);
   p.next_weight = view(next_weight), p.next_bias = view(next_bias);
   p.counters = view(counters), p.eps = eps;
+  p.conv_weight = view(conv_weight), p.conv_state = view(conv_state);
+  p.state_indices = view(state_indices);
   // As with skinny_linear, the check says that there is no kernel for the CPU.
   run<DecodeBlockParams>("decode_block", mixed, p,
                          [](const DecodeBlockParams& p, ParallelFor) { return validate(p); });

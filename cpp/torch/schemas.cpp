@@ -49,5 +49,6 @@ STABLE_TORCH_LIBRARY(based_ops, m) {
   m.def(
       "decode_block(Tensor mixed, Tensor x, Tensor out_weight, Tensor? out_bias, "
       "Tensor norm_weight, Tensor fc1, Tensor fc2, Tensor next_norm_weight, Tensor next_weight, "
-      "Tensor? next_bias, Tensor(a!) counters, float eps) -> (Tensor, Tensor)");
+      "Tensor? next_bias, Tensor(a!) counters, Tensor? conv_weight, Tensor(b!)? conv_state, "
+      "Tensor? state_indices, float eps) -> (Tensor, Tensor)");
 }

@@ -153,9 +153,13 @@ def _(
     next_weight,
     next_bias,
     counters,
+    conv_weight,
+    conv_state,
+    state_indices,
     eps,
 ):
-    return _like(x), mixed.new_empty(x.shape[0], next_weight.shape[0])
+    columns = next_weight.shape[0] // (1 if conv_weight is None else 2)
+    return _like(x), mixed.new_empty(x.shape[0], columns)
 
 
 # ---- gradients ---------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ def decode_block(
     out_bias: Tensor | None = None,
     next_bias: Tensor | None = None,
     eps: float = 1e-5,
+    conv_weight: Tensor | None = None,
+    conv_state: Tensor | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What lies between the token mixers of two layers, for the few rows of a decode step.
 
@@ -61,7 +64,12 @@ def decode_block(
     x   += (value * silu(gate)) fc2^T, (value, gate) = rms_norm(x, norm_weight) fc1^T
     out  = rms_norm(x, next_norm_weight) next_weight^T + next_bias
 
-    with rms_norm(x, w) = x / sqrt(mean(x^2) + eps) * w. One kernel on the whole GPU, where reading
+    with rms_norm(x, w) = x / sqrt(mean(x^2) + eps) * w. With conv_weight and conv_state, out is
+    what `short_conv_decode` makes of that product as (u, gate), with activation="silu":
+
+    out = silu(sum_j conv_weight_j u_{t-taps+1+j}) * gate
+
+    and u is shifted into the state. One kernel on the whole GPU, where reading
     the weights takes the time. It may begin to read them while the kernels before it still run:
     none that runs directly before may write them. So autocast casts mixed alone.
 
@@ -76,15 +84,23 @@ def decode_block(
         counters: (8,) int32, zeros. The parts of the kernel meet by them; they are zero again
             afterwards. Calls that may overlap in time need their own.
         eps: >= 0.
+        conv_weight: (C, taps), 2 to 4 taps, M = 2 C: the rows of next_weight are those of u, then
+            those of the gates. C is a multiple of 8.
+        conv_state: (slots, C, taps-1) bfloat16, oldest first, updated in place. slots = N without
+            state_indices. Every slot is contiguous and starts at a multiple of 16 bytes.
+        state_indices: (N,) int32 or int64, slot of each row. -1 skips the convolution of a row: its
+            out is 0, and no state changes.
 
     Returns:
-        (x (N, d) float32, out (N, M) bfloat16), fresh tensors. Sums are float32; the norms' results
-        and value * silu(gate) are rounded to bfloat16. A row depends on no other row, and is
-        bitwise the same for every N of one of the ranges up to 8, 16, 32, 64 and 128.
+        (x (N, d) float32, out (N, M) bfloat16, with conv_weight (N, C)), fresh tensors. Sums are
+        float32; the norms' results and value * silu(gate) are rounded to bfloat16, and u where the
+        state keeps it, not where it meets the last tap; gates are not. A row depends on no other
+        row, and is bitwise the same for every N of one of the ranges up to 8, 16, 32, 64 and 128.
 
     Raises:
         RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
-            a weight of more than 1024 rows for every 8 SMs that can form a cluster (16384 on a
+            a slot out of range or used twice (under `set_checks`; without it a row whose slot is
+            out of range gets NaN), a weight of more than 1024 rows for every 8 SMs that can form a cluster (16384 on a
             whole H100), a GPU whose compute capability is not 9.0 (there is no kernel for others,
             and none for CPUs), or when grad is enabled and an input requires it.
     """
@@ -101,6 +117,8 @@ def decode_block(
         next_weight=next_weight,
         out_bias=out_bias,
         next_bias=next_bias,
+        conv_weight=conv_weight,
+        conv_state=conv_state,
     )
     (mixed,) = autocast(mixed)
     return calls[op](
@@ -115,5 +133,8 @@ def decode_block(
         next_weight,
         next_bias,
         counters,
+        conv_weight,
+        conv_state,
+        state_indices,
         eps,
     )

@@ -162,9 +162,12 @@ struct SkinnyLinearParams {
 //   x += mixed out_weight^T + out_bias
 //   x += (value * silu(gate)) fc2^T, (value, gate) = rms_norm(x, norm) fc1^T
 //   out = rms_norm(x, next_norm) next_weight^T + next_bias
+// and with conv_weight, that product being (u, gate), what ShortConvDecodeParams says with silu:
+//   out = silu(sum_j conv_weight_j u_{t-K+1+j}) * gate
 // bfloat16 but for x, on a GPU of compute capability 9.0.
 constexpr int64_t kDecodeBlockMaxRows = 128;
 constexpr int64_t kDecodeBlockCounters = 8;
+constexpr int64_t kDecodeBlockMaxTaps = 4;
 struct DecodeBlockParams {
   TensorView mixed;  // (N, K), N <= 128; rows of it and of weights start at multiples of 16 bytes
   TensorView x;      // (N, d) float32
@@ -177,8 +180,11 @@ struct DecodeBlockParams {
   TensorView next_weight;  // (M, d)
   TensorView next_bias;    // optional (M,)
   TensorView counters;  // (8,) int32, zero before and after; not shared by calls that may overlap
-  TensorView x_out;     // (N, d) float32
-  TensorView out;       // (N, M)
+  TensorView conv_weight;    // optional (C, taps), 2..4 taps, M = 2C: rows of u, then of gates
+  TensorView conv_state;     // (slots, C, taps-1), updated in place; every slot contiguous
+  TensorView state_indices;  // optional (N,)
+  TensorView x_out;          // (N, d) float32
+  TensorView out;            // (N, M), or (N, C)
   double eps = 1e-5;
 };
 
