@@ -45,7 +45,7 @@ __device__ __forceinline__ void copy_weights(const BlockArgs& args, BlockShared<
       const int column = (work.first + block) * kBlockColumns;
       Mbarrier& full = shared.weights_full[place.slot];
       full.expect(Shared::kWeightBytes);
-      if (stage.swiglu) {
+      if (stage.gated()) {
         copy_paired_box(to, stage.weight, work.tile * kBlockTile / 16, column, full, Keep::kShort);
       } else {
         copy_box(to, stage.weight, work.tile * kBlockTile, column, full, Keep::kShort);
@@ -76,19 +76,49 @@ __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>
   });
 }
 
+// A warp asks for what the convolution keeps of the rows that this CTA finishes.
+template <int kRows>
+__device__ __forceinline__ void copy_states(const BlockArgs& args, BlockShared<kRows>& shared,
+                                            const BlockStage& stage, const BlockWork& work) {
+  const BlockConvolution& conv = args.convolution;
+  const int channel = work.tile * kBlockTile / 2;
+  const int bytes = min(kBlockTile / 2, stage.columns - channel) * (conv.taps - 1) *
+                    static_cast<int>(sizeof(BlockElement));
+  const int begin = work.begin * 8 + threadIdx.x % 32, end = min(args.rows, work.end * 8);
+  uint32_t expected = 0;
+  for (int row = begin; row < end; row += 32) {
+    const DecodeRow place = decode_row(conv.indices, row, conv.slots);
+    shared.slots[row] = place.kind == RowKind::kBad ? BlockShared<kRows>::kNone : place.slot;
+    if (place.kind == RowKind::kRun) expected += bytes;
+  }
+  shared.states_full.expect(expected);
+  fence_proxy_async();  // other threads used the place for sums
+  for (int row = begin; row < end; row += 32) {
+    const int64_t slot = shared.slots[row];
+    if (slot < 0) continue;
+    copy_bytes(shared_address(shared.state(work, row, conv.taps)),
+               conv.state + slot * conv.state_stride + int64_t(channel) * (conv.taps - 1), bytes,
+               shared.states_full);
+  }
+}
+
 // A warp: 1 / root mean square of the rows that this CTA finishes; then it meets those who compute.
 template <int kRows>
 __device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShared<kRows>& shared) {
+  constexpr int kAtOnce = 16;
   int ready = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
     if (stage.squares == nullptr) return;
     for (; ready < s; ++ready) wait_for_stage(args, ready);
+    if (stage.ending == BlockEnding::kConvolution) copy_states(args, shared, stage, work);
     const int end = min(args.rows, work.end * 8);
     for (int row = work.begin * 8 + threadIdx.x % 32; row < end; row += 32) {
       float sum = 0.0f;
-#pragma unroll 16
-      for (int t = 0; t < stage.square_tiles; ++t) {
-        sum += __ldcg(stage.squares + t * kDecodeBlockMaxRows + row);
+      for (int begin = 0; begin < stage.square_tiles; begin += kAtOnce) {
+#pragma unroll
+        for (int t = begin; t < begin + kAtOnce; ++t) {
+          if (t < stage.square_tiles) sum += __ldcg(stage.squares + t * kDecodeBlockMaxRows + row);
+        }
       }
       shared.scales[row] = rsqrtf(sum / args.width + args.eps);
     }

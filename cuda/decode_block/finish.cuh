@@ -1,11 +1,15 @@
-// What follows a product of decode_block: sums of the spans of K, then bias, SwiGLU or residual.
+// What follows a product of decode_block: sums of the spans of K, then bias, SwiGLU, residual or
+// convolution.
 //
 // Of eight rows of x a thread has two, and of the tile two rows, eight apart, as wgmma leaves them:
-// (x row, tile row), (x row + 1, tile row), (x row, tile row + 8), (x row + 1, tile row + 8). With
-// SwiGLU the first two are values and the others their gates.
+// (x row, tile row), (x row + 1, tile row), (x row, tile row + 8), (x row + 1, tile row + 8). It
+// trades two with a neighbour, and then has (tile row, tile row + 1) and (tile row + 8, tile row +
+// 9) of one x row: two pairs of neighbouring columns of out; or, where there are gates, one of
+// values and one of their gates.
 #pragma once
 
 #include "decode_block/stage.cuh"
+#include "primitives/sigmoid.cuh"
 
 namespace based::cuda {
 
@@ -40,109 +44,204 @@ __device__ __forceinline__ void give_sums(const float (&sums)[kRows / 2],
   }
 }
 
-// Two neighbouring rows of out, and one column or two.
-template <bool kSwiglu>
-struct BlockPlace {
-  static constexpr int kColumns = kSwiglu ? 1 : 2;
-
-  int column, in_group;
-  bool inside[kColumns];
-
-  __device__ __forceinline__ BlockPlace(const BlockStage& stage, const BlockWork& work) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    column = (work.tile * 8 + warp) * 8 * kColumns + lane / 4, in_group = lane % 4 * 2;
+// sums of a group as wgmma leaves them become two pairs.
+__device__ __forceinline__ void make_pairs(float (&y)[4]) {
+  const bool odd = threadIdx.x % 8 >= 4;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) inside[c] = column + 8 * c < stage.columns;
+  for (int i = 0; i < 4; i += 2) {
+    const float got = __shfl_xor_sync(~0u, odd ? y[i] : y[i + 1], 4);
+    (odd ? y[i] : y[i + 1]) = got;
   }
-  // fn(i, row, column): element i of a thread's in a group, if it is one of out.
-  template <class Fn>
-  __device__ __forceinline__ void for_each(const BlockArgs& args, int group, const Fn& fn) const {
-#pragma unroll
-    for (int i = 0; i < 2 * kColumns; ++i) {
-      const int row = group * 8 + in_group + i % 2;
-      if (row < args.rows && inside[i / 2]) fn(i, row, column + i / 2 * 8);
-    }
+}
+
+// Where a thread's pairs lie.
+struct BlockPlace {
+  bool gated;
+  int column, in_group;  // the first one's column of out, and the row among eight
+
+  __device__ __forceinline__ BlockPlace(const BlockWork& work, bool gated) : gated(gated) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    column = (work.tile * 8 + warp) * (gated ? 8 : 16) + lane / 8 * 2;
+    in_group = lane % 4 * 2 + lane / 4 % 2;
+  }
+  // Of the pair behind the first, in the product.
+  __device__ __forceinline__ int second(const BlockStage& stage) const {
+    return column + (gated ? stage.columns : 8);
   }
 };
 
-// out <- this CTA's rows of a tile.
-template <int kSplits, bool kSwiglu, int kRows>
+// What a thread multiplies with and adds, in place before the product is done: it may come from
+// memory.
+struct BlockConstants {
+  uint32_t bias[2];  // of the pairs, two elements each
+  // Of the pairs the norm's weights, or of a pair of channels the taps of the convolution; what a
+  // shorter one lacks at the front is 0.
+  uint32_t factors[kDecodeBlockMaxTaps];
+
+  __device__ __forceinline__ BlockConstants(const BlockArgs& args, const BlockStage& stage,
+                                            const BlockWork& work) {
+    const BlockPlace place(work, stage.gated());
+    const int columns = (place.gated ? 2 : 1) * stage.columns;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = i == 0 ? place.column : place.second(stage);
+      const bool low = column < columns, high = column + 1 < columns;
+      bias[i] = load(stage.bias + column, 1, low && stage.bias, high && stage.bias);
+      factors[i] = load(stage.norm + column, 1, low && stage.norm, high && stage.norm);
+    }
+    if (stage.ending != BlockEnding::kConvolution) return;
+    const BlockConvolution& conv = args.convolution;
+#pragma unroll
+    for (int i = 0; i < kDecodeBlockMaxTaps; ++i) {
+      const int tap = i - (kDecodeBlockMaxTaps - conv.taps);
+      const bool there = tap >= 0 && place.column < stage.columns;
+      factors[i] = load(conv.weight + place.column * conv.weight_stride + tap, conv.weight_stride,
+                        there, there);
+    }
+  }
+  // Two elements that lie `apart`; 0 for one that is not there.
+  static __device__ __forceinline__ uint32_t load(const BlockElement* from, int64_t apart, bool low,
+                                                  bool high) {
+    const auto* const bits = reinterpret_cast<const uint16_t*>(from);
+    uint32_t pair = 0;
+    if (low) pair = bits[0];
+    if (high) pair |= uint32_t(bits[apart]) << 16;
+    return pair;
+  }
+};
+
+__device__ __forceinline__ float half_of(uint32_t pair, int i) {
+  return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000);
+}
+
+// What a convolution keeps of a pair of channels: kKept values of one, then those of the other.
+template <int kKept>
+struct alignas(kKept == 2 ? 8 : 4) BlockKept {
+  uint16_t bits[2][kKept];  // of bfloat16
+
+  // silu of the convolution of the newest inputs, which take their place here.
+  __device__ __forceinline__ float convolve(int channel, const BlockConstants& constants,
+                                            float newest) {
+    constexpr int kMissing = kDecodeBlockMaxTaps - 1 - kKept;
+    uint16_t (&inputs)[kKept] = bits[channel];
+    float sum = half_of(constants.factors[kDecodeBlockMaxTaps - 1], channel) * newest;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float input = __uint_as_float(uint32_t(inputs[i]) << 16);
+      sum += half_of(constants.factors[kMissing + i], channel) * input;
+      inputs[i] =
+          i + 1 < kKept ? inputs[i + 1] : __bfloat16_as_ushort(from_float<BlockElement>(newest));
+    }
+    return sum * sigmoid(sum);
+  }
+};
+
+// out <- this CTA's rows of a tile. kKept: of a convolution.
+template <int kSplits, BlockEnding kEnding, int kKept, int kRows>
 __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const BlockArgs& args,
                                             const BlockStage& stage, const BlockWork& work,
-                                            int parity) {
-  constexpr int kBatch = 2;  // groups at a time
-  using Place = BlockPlace<kSwiglu>;
-  const Place place(stage, work);
-  const bool scaled = stage.squares != nullptr, adds = !kSwiglu && stage.norm != nullptr;
+                                            const BlockConstants& constants, int parity) {
+  using Shared = BlockShared<kRows>;
+  constexpr int kBatch = 2;  // groups at a time; an odd last one is done twice
+  constexpr bool kGated = kEnding != BlockEnding::kLinear;
+  constexpr int kPairs = kGated ? 1 : 2;  // of out
+  const BlockPlace place(work, kGated);
+  const bool scaled = stage.squares != nullptr, adds = !kGated && stage.norm != nullptr;
   const int count = work.end - work.begin;
-  float bias[Place::kColumns] = {}, norm[Place::kColumns] = {};
+  const BlockConvolution& conv = args.convolution;
+  // Of every warp and row.
+  float* const warp_squares = reinterpret_cast<float*>(shared.own_place(work));
+  const float4* sums[kSplits];  // of the spans
 #pragma unroll
-  for (int c = 0; c < Place::kColumns; ++c) {
-    if (!place.inside[c]) continue;
-    if (!kSwiglu && stage.bias != nullptr) bias[c] = to_float(stage.bias[place.column + 8 * c]);
-    if (adds) norm[c] = to_float(stage.norm[place.column + 8 * c]);
+  for (int part = 0; part < kSplits; ++part) {
+    sums[part] = part == work.part ? shared.own_sums(work.begin) : shared.others_sums(part * count);
   }
-  // Of every warp and row; they lie where this CTA would send itself its sums.
-  float* const warp_squares = reinterpret_cast<float*>(shared.sums) +
-                              work.part * count * (BlockShared<kRows>::kGroupBytes / 4);
-  float residual[kBatch][4] = {};
+  float2 residual[kBatch][2] = {};
   const auto load_residual = [&](int first) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      place.for_each(args, work.begin + first + b, [&](int i, int row, int column) {
-        residual[b][i] = __ldcg(stage.residual + row * stage.residual_stride + column);
-      });
+      const int row = (work.begin + min(first + b, count - 1)) * 8 + place.in_group;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const int column = place.column + 8 * pair;
+        if (row >= args.rows || column >= stage.columns) continue;
+        const float* const from = stage.residual + row * stage.residual_stride + column;
+        residual[b][pair] = stage.residual_pairs ? __ldcg(reinterpret_cast<const float2*>(from))
+                                                 : float2{__ldcg(from), __ldcg(from + 1)};
+      }
     }
   };
   if (adds) load_residual(0);
   if (scaled) asm volatile("barrier.sync 1, 288;" ::: "memory");  // with those who computed scales
   if (count > 0 && kSplits > 1) shared.sums_full.wait(parity);
+  if (kKept > 0) shared.states_full.wait(0);
 #pragma unroll 1
   for (int first = 0; first < count; first += kBatch) {
     if (adds && first > 0) load_residual(first);
+    // What is none of out is computed too, and not stored: 0 in columns, anything in rows.
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int in_share = first + b, group = work.begin + in_share;
-      if (in_share >= count) break;
-      float y[4] = {}, squares[2] = {};
+      const int in_share = min(first + b, count - 1);
+      const int row = (work.begin + in_share) * 8 + place.in_group;
+      float y[4] = {};
 #pragma unroll
       for (int part = 0; part < kSplits; ++part) {
-        const float4 x = part == work.part ? *shared.own_sums(group)
-                                           : *shared.others_sums(part * count + in_share);
+        const float4 x = sums[part][in_share * kBlockComputing];
         y[0] += x.x, y[1] += x.y, y[2] += x.z, y[3] += x.w;
       }
-      // What is none of out is computed too, and not stored: 0 in columns, anything in rows.
+      make_pairs(y);
+      const float scale = scaled ? shared.scales[row] : 1.0f;
 #pragma unroll
-      for (int i = 0; i < 2 * Place::kColumns; ++i) {
-        const float scale = scaled ? shared.scales[group * 8 + place.in_group + i % 2] : 1.0f;
-        y[i] = y[i] * scale + bias[i / 2];
-        if constexpr (kSwiglu) {
-          const float gate = y[i + 2] * scale;
-          y[i] = __fdividef(y[i] * gate, 1.0f + __expf(-gate));
-        }
-        if (adds) {
-          y[i] += residual[b][i];
-          squares[i % 2] += y[i] * y[i];
+      for (int i = 0; i < 4; ++i) y[i] = y[i] * scale + half_of(constants.bias[i / 2], i % 2);
+      if constexpr (kEnding == BlockEnding::kSwiglu) {
+        y[0] *= y[2] * sigmoid(y[2]), y[1] *= y[3] * sigmoid(y[3]);
+      }
+      if constexpr (kKept > 0) {
+        const int64_t slot = shared.slots[row];
+        const int channel = place.column - work.tile * (kBlockTile / 2);
+        using Kept = BlockKept<kKept>;
+        Kept kept =
+            *reinterpret_cast<const Kept*>(shared.state(work, row, kKept + 1) + channel * kKept);
+        y[0] = kept.convolve(0, constants, y[0]) * y[2];
+        y[1] = kept.convolve(1, constants, y[1]) * y[3];
+        if (slot < 0) y[0] = y[1] = filler(slot == -1 ? RowKind::kSkip : RowKind::kBad);
+        if (slot >= 0 && row < args.rows && place.column < stage.columns) {
+          *reinterpret_cast<Kept*>(conv.state + slot * conv.state_stride +
+                                   int64_t(place.column) * kKept) = kept;
         }
       }
-      place.for_each(args, group, [&](int i, int row, int column) {
-        if (adds) {
-          stage.residual_out[int64_t(row) * stage.columns + column] = y[i];
-          y[i] *= norm[i / 2];
+      if (adds) {
+        float squares = 0.0f;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          y[2 * pair] += residual[b][pair].x, y[2 * pair + 1] += residual[b][pair].y;
         }
-        stage.out[row * stage.out_stride + column] = from_float<BlockElement>(y[i]);
-      });
-      if (adds) {  // of the warp's 16 columns
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (float value : y) squares += value * value;
 #pragma unroll
-          for (int mask = 4; mask < 32; mask *= 2) {
-            squares[i] += __shfl_xor_sync(~0u, squares[i], mask);
-          }
-          if (threadIdx.x % 32 < 4) {
-            warp_squares[threadIdx.x / 32 * 8 * count + in_share * 8 + place.in_group + i] =
-                squares[i];
-          }
+        for (int mask = 8; mask < 32; mask *= 2) {  // of the warp's 16 columns
+          squares += __shfl_xor_sync(~0u, squares, mask);
+        }
+        if (threadIdx.x % 32 < 8) {
+          warp_squares[(threadIdx.x / 32 * count + in_share) * 8 + place.in_group] = squares;
+        }
+      }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int column = place.column + 8 * pair;
+        if (row >= args.rows || column >= stage.columns) continue;
+        float low = y[2 * pair], high = y[2 * pair + 1];
+        if (adds) {
+          *reinterpret_cast<float2*>(stage.residual_out + int64_t(row) * stage.columns + column) = {
+              low, high};
+          low *= half_of(constants.factors[pair], 0), high *= half_of(constants.factors[pair], 1);
+        }
+        BlockElement* const out = stage.out + row * stage.out_stride + column;
+        if (stage.out_pairs) {
+          *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(low, high);
+        } else {
+          out[0] = from_float<BlockElement>(low);
+          if (column + 1 < stage.columns) out[1] = from_float<BlockElement>(high);
         }
       }
     }

@@ -87,6 +87,9 @@ __device__ __forceinline__ void multiply(float (&sums)[kRows / 2], BlockShared<k
   release();
 }
 
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
 template <int kRows>
 __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
@@ -97,20 +100,34 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
     if (threadIdx.x == 0) {
       shared.sums_full.expect((stage.splits - 1) * (work.end - work.begin) * Shared::kGroupBytes);
     }
+    const BlockConstants constants(args, stage, work);
     {
       float sums[kRows / 2];
       multiply(sums, shared, work.count, weights, x);
       give_sums(sums, shared, stage, work);
     }
     const auto finish = [&](auto splits) {
-      constexpr int kSplits = decltype(splits)::value;
-      stage.swiglu ? finish_tile<kSplits, true>(shared, args, stage, work, parity)
-                   : finish_tile<kSplits, false>(shared, args, stage, work, parity);
+      const auto finish_by = [&](auto ending, auto kept) {
+        finish_tile<decltype(splits)::value, decltype(ending)::value, decltype(kept)::value>(
+            shared, args, stage, work, constants, parity);
+      };
+      constexpr Constant<BlockEnding::kConvolution> convolution;
+      const int kept = args.convolution.taps - 1;
+      switch (stage.ending) {
+        case BlockEnding::kLinear:
+          return finish_by(Constant<BlockEnding::kLinear>{}, Constant<0>{});
+        case BlockEnding::kSwiglu:
+          return finish_by(Constant<BlockEnding::kSwiglu>{}, Constant<0>{});
+        case BlockEnding::kConvolution:
+          if (kept == 1) finish_by(convolution, Constant<1>{});
+          if (kept == 2) finish_by(convolution, Constant<2>{});
+          if (kept == 3) finish_by(convolution, Constant<3>{});
+      }
     };
-    if (stage.splits == 8) finish(std::integral_constant<int, 8>{});
-    if (stage.splits == 4) finish(std::integral_constant<int, 4>{});
-    if (stage.splits == 2) finish(std::integral_constant<int, 2>{});
-    if (stage.splits == 1) finish(std::integral_constant<int, 1>{});
+    if (stage.splits == 8) finish(Constant<8>{});
+    if (stage.splits == 4) finish(Constant<4>{});
+    if (stage.splits == 2) finish(Constant<2>{});
+    if (stage.splits == 1) finish(Constant<1>{});
     parity ^= 1;
     if (threadIdx.x == 0) count_up(args.counters + s);
   });

@@ -60,27 +60,45 @@ T* pointer(const TensorView& view) {
   return static_cast<T*>(view.data);  // null if not given
 }
 
+// Whether elements 0, 2, ... of every row start at multiples of two elements' size.
+bool starts_pairs(const TensorView& rows, size_t bytes) {
+  return (rows.size[0] <= 1 || rows.stride[0] % 2 == 0) &&
+         reinterpret_cast<uintptr_t>(rows.data) % (2 * bytes) == 0;
+}
+
 // out <- x weight^T
 cudaError_t product(BlockStage& s, const TensorView& x, const TensorView& weight,
-                    const TensorView& out, bool swiglu, int clusters, int box_rows) {
+                    const TensorView& out, BlockEnding ending, int clusters, int box_rows) {
   const int ctas = clusters * kBlockCluster;
   s.columns = static_cast<int>(out.size[1]);
   s.blocks = tiles_of(weight.size[1], kBlockColumns);
-  s.tiles = tiles_of(s.columns, swiglu ? kBlockTile / 2 : kBlockTile);
+  s.ending = ending;
+  s.tiles = tiles_of(s.columns, s.gated() ? kBlockTile / 2 : kBlockTile);
   s.splits = kBlockCluster;
   while (s.splits > 1 && (s.splits > s.blocks || ctas / s.splits < s.tiles)) s.splits /= 2;
-  s.swiglu = swiglu;
   s.out = pointer<BlockElement>(out), s.out_stride = out.stride[0];
-  const cudaError_t error = swiglu ? make_paired_tensor_map(&s.weight, weight, kBlockTile)
-                                   : make_tensor_map(&s.weight, weight, kBlockTile);
+  s.out_pairs = s.columns % 2 == 0 && starts_pairs(out, sizeof(BlockElement));
+  const cudaError_t error = s.gated() ? make_paired_tensor_map(&s.weight, weight, kBlockTile)
+                                      : make_tensor_map(&s.weight, weight, kBlockTile);
   return error == cudaSuccess ? make_tensor_map(&s.x, x, box_rows) : error;
 }
 
 void add_to_residual(BlockStage& s, const TensorView& residual, const TensorView& sum,
                      const TensorView& norm, float* squares) {
   s.residual = pointer<const float>(residual), s.residual_stride = residual.stride[0];
+  s.residual_pairs = starts_pairs(residual, sizeof(float));
   s.residual_out = pointer<float>(sum);
   s.norm = pointer<const BlockElement>(norm), s.squares_out = squares;
+}
+
+BlockConvolution convolution(const DecodeBlockParams& p) {
+  BlockConvolution conv{};
+  conv.weight = pointer<const BlockElement>(p.conv_weight);
+  conv.state = pointer<BlockElement>(p.conv_state);
+  conv.weight_stride = p.conv_weight.stride[0], conv.state_stride = p.conv_state.stride[0];
+  conv.slots = p.conv_state.size[0], conv.indices = index_vector(p.state_indices);
+  conv.taps = static_cast<int>(p.conv_weight.size[1]);
+  return conv;
 }
 
 // Clusters that can run at the same time; asked for once.
@@ -127,16 +145,22 @@ Status launch(const DecodeBlockParams& p, const Between& between, Stream stream)
   args.rows = static_cast<int>(rows), args.width = static_cast<int>(width);
   args.eps = static_cast<float>(p.eps);
   args.counters = pointer<unsigned>(p.counters);
+  const bool convolves = p.conv_weight.rank >= 0;
+  if (convolves) args.convolution = convolution(p);
   auto& [attend, up, down, project] = args.stages;
-  cudaError_t error = product(attend, p.mixed, p.out_weight, normed, false, clusters, kRows);
+  cudaError_t error =
+      product(attend, p.mixed, p.out_weight, normed, BlockEnding::kLinear, clusters, kRows);
   add_to_residual(attend, p.x, p.x_out, p.norm, between.squares);
   attend.bias = pointer<const BlockElement>(p.out_bias);
-  if (error == cudaSuccess) error = product(up, normed, p.fc1, activations, true, clusters, kRows);
+  if (error == cudaSuccess)
+    error = product(up, normed, p.fc1, activations, BlockEnding::kSwiglu, clusters, kRows);
   up.squares = between.squares, up.square_tiles = attend.tiles;
-  if (error == cudaSuccess) error = product(down, activations, p.fc2, next, false, clusters, kRows);
+  if (error == cudaSuccess)
+    error = product(down, activations, p.fc2, next, BlockEnding::kLinear, clusters, kRows);
   add_to_residual(down, p.x_out, p.x_out, p.next_norm, between.next_squares);
   if (error == cudaSuccess) {
-    error = product(project, next, p.next_weight, p.out, false, clusters, kRows);
+    error = product(project, next, p.next_weight, p.out,
+                    convolves ? BlockEnding::kConvolution : BlockEnding::kLinear, clusters, kRows);
   }
   project.squares = between.next_squares, project.square_tiles = down.tiles;
   project.bias = pointer<const BlockElement>(p.next_bias);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "primitives/packed.cuh"
+#include "primitives/sigmoid.cuh"
 #include "primitives/vector.cuh"
 #include "short_conv/tuning.h"
 
@@ -77,14 +78,6 @@ struct ConvMode {
 template <class Element>
 __device__ __forceinline__ Element* state_of(const Slab& state, int64_t n, int channel) {
   return mutable_token_of<Element>(state, n, channel, 0);
-}
-
-// 1 / (1 + exp(-x)); its limits are exact.
-__device__ __forceinline__ float sigmoid(float x) {
-  float power, result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
-  return result;
 }
 
 // The batch row, first token and channels of a thread. Neighbouring blocks are neighbouring
