@@ -291,8 +291,8 @@ def decode_block(
 ):
     """width: of the residual stream; inner: of the MLP; columns: of the next projection; taps: of
     the convolution that follows it, whose weight and state are then the last two arguments."""
-    channels = columns if taps is None else columns // 2
-    conv_shapes = () if taps is None else ((channels, taps), (rows, channels, taps - 1))
+    channels = columns // 2 if taps else columns
+    conv_shapes = ((channels, taps), (rows, channels, taps - 1)) if taps else ()
     shapes = (width, mixed_width), (2 * inner, width), (width, inner), (columns, width)
 
     def inputs(generator):
@@ -300,20 +300,19 @@ def decode_block(
         out, fc1, fc2, after = (draw(*shape) / shape[1] ** 0.5 for shape in shapes)
         x = _normal(generator, torch.float32, device)(rows, width)
         counters = torch.zeros(8, dtype=torch.int32, device=device)
-        norms, conv = (draw(width), draw(width)), (draw(*shape) for shape in conv_shapes)
+        norms = draw(width), draw(width)
         block = x, out, norms[0], fc1, fc2, norms[1], after, counters
-        return draw(rows, mixed_width), *block, *conv
+        return draw(rows, mixed_width), *block, *(draw(*shape) for shape in conv_shapes)
 
     def ours(*args):
         weight, state = args[9:] or (None, None)
         return based_ops.decode_block(*args[:9], conv_weight=weight, conv_state=state)
 
-    run, states = (
-        (baselines.decode_block, ()) if taps is None else (baselines.decode_block_conv, (10,))
-    )
+    run = baselines.decode_block_conv if taps else baselines.decode_block
+    states = (10,) if taps else ()
     weights = sum(a * b for a, b in shapes)
     activations = rows * ((mixed_width + channels) * dtype.itemsize + 2 * width * 4)
-    if taps is not None:
+    if taps:
         activations += channels * (taps + rows * 2 * (taps - 1)) * dtype.itemsize
     return Case(
         "decode_block",

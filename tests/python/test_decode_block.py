@@ -181,6 +181,7 @@ def test_export_knows_what_is_written(convolution):
     assert written == ["counters", "conv_state"]
 
 
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("convolution", [{}, CONVOLUTION], ids=["alone", "convolution"])
 def test_opcheck_and_compile(convolution):
     """With the formula in place of the kernel: what torch is told of the op is true, and the
