@@ -242,3 +242,11 @@ def decode_block(mixed, x, out_weight, norm, fc1, fc2, next_norm, next_weight, _
     x = x + F.linear(mixed, out_weight)
     x = x + F.linear(linear_swiglu(normed(x, norm), fc1), fc2)
     return x, F.linear(normed(x, next_norm), next_weight)
+
+
+def decode_block_conv(*args):
+    """decode_block(), then conv_decode() of its product (u, gate): weight and state come last."""
+    *block, weight, conv_state = args
+    x, out = decode_block(*block)
+    u, gate = out.chunk(2, -1)
+    return x, conv_decode(u, weight, conv_state, gate)

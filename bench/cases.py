@@ -13,7 +13,7 @@ import based_ops
 import baselines
 import oracle
 from based_ops import reference
-from registry import OURS, Case, Implementation, with_backward
+from registry import OURS, Case, Implementation, as_tuple, with_backward
 
 
 def linear_attention(
@@ -286,8 +286,13 @@ def skinny_linear(rows, width, columns, dtype, device, others, swiglu=False, **t
     )
 
 
-def decode_block(rows, mixed_width, width, inner, columns, dtype, device, others, **targets):
-    """width: of the residual stream; inner: of the MLP; columns: of the next projection."""
+def decode_block(
+    rows, mixed_width, width, inner, columns, dtype, device, others, taps=None, **targets
+):
+    """width: of the residual stream; inner: of the MLP; columns: of the next projection; taps: of
+    the convolution that follows it, whose weight and state are then the last two arguments."""
+    channels = columns // 2 if taps else columns
+    conv_shapes = ((channels, taps), (rows, channels, taps - 1)) if taps else ()
     shapes = (width, mixed_width), (2 * inner, width), (width, inner), (columns, width)
 
     def inputs(generator):
@@ -296,22 +301,39 @@ def decode_block(rows, mixed_width, width, inner, columns, dtype, device, others
         x = _normal(generator, torch.float32, device)(rows, width)
         counters = torch.zeros(8, dtype=torch.int32, device=device)
         norms = draw(width), draw(width)
-        return draw(rows, mixed_width), x, out, norms[0], fc1, fc2, norms[1], after, counters
+        block = x, out, norms[0], fc1, fc2, norms[1], after, counters
+        return draw(rows, mixed_width), *block, *(draw(*shape) for shape in conv_shapes)
 
+    def ours(*args):
+        weight, state = args[9:] or (None, None)
+        return based_ops.decode_block(*args[:9], conv_weight=weight, conv_state=state)
+
+    run = baselines.decode_block_conv if taps else baselines.decode_block
+    states = (10,) if taps else ()
     weights = sum(a * b for a, b in shapes)
-    activations = rows * ((mixed_width + columns) * dtype.itemsize + 2 * width * 4)
+    activations = rows * ((mixed_width + channels) * dtype.itemsize + 2 * width * 4)
+    if taps:
+        activations += channels * (taps + rows * 2 * (taps - 1)) * dtype.itemsize
     return Case(
         "decode_block",
         "decode",
-        f"B{rows} {mixed_width}, {width}, {inner}, {columns}",
+        f"B{rows} {mixed_width}, {width}, {inner}, {columns}" + (f" K{taps}" if taps else ""),
         dtype,
         inputs,
-        oracle.plain(baselines.decode_block),
-        [Implementation(OURS, based_ops.decode_block), *others],
+        oracle.in_place(run, *states),
+        [in_place(OURS, ours, *states), *others],
         bytes=weights * dtype.itemsize + activations,
         flops=rows * 2 * weights,
         **targets,
     )
+
+
+def block_then_conv(*args):
+    """decode_block with a convolution as two ops."""
+    *block, weight, state = args
+    x, out = based_ops.decode_block(*block)
+    u, gate = out.chunk(2, -1)
+    return x, based_ops.short_conv_decode(u, weight, state, activation="silu", gate=gate)
 
 
 def in_place(name, run, *states):
@@ -322,7 +344,7 @@ def in_place(name, run, *states):
         prepare=lambda *inputs: tuple(
             x.clone() if i in states else x for i, x in enumerate(inputs)
         ),
-        outputs=lambda args, out: (out, *(args[i] for i in states)),
+        outputs=lambda args, out: (*as_tuple(out), *(args[i] for i in states)),
     )
 
 

@@ -9,7 +9,7 @@ import itertools
 
 import torch
 
-from registry import Implementation, with_backward
+from registry import Implementation, as_tuple, with_backward
 
 
 def taylor_weights(scores, visible):
@@ -79,11 +79,11 @@ def plain(run, backward=False):
 
 
 def in_place(run, *states):
-    """A decode step on fp64 copies -> its result and the states it updated, given by position."""
+    """A decode step on fp64 copies -> its results and the states it updated, given by position."""
 
     def expected(*inputs):
         inputs = [_widen(x) for x in inputs]
-        return run(*inputs), *(inputs[i] for i in states)
+        return *as_tuple(run(*inputs)), *(inputs[i] for i in states)
 
     return expected
 

@@ -15,6 +15,10 @@ TOLERANCE = {
 }
 
 
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to do the work. Only `run` is timed.
@@ -29,7 +33,7 @@ class Implementation:
     name: str
     run: Callable
     prepare: Callable = lambda *inputs: inputs
-    outputs: Callable = lambda args, result: result if isinstance(result, tuple) else (result,)
+    outputs: Callable = lambda args, result: as_tuple(result)
     same_function: bool = True
     forward: Callable | None = None
 
@@ -104,9 +108,7 @@ def exchanged(name, run, **options):
         name,
         run,
         prepare=exchange,
-        outputs=lambda args, result: exchange(
-            *(result if isinstance(result, tuple) else (result,))
-        ),
+        outputs=lambda args, result: exchange(*as_tuple(result)),
         **options,
     )
 

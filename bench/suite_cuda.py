@@ -131,10 +131,16 @@ def skinny_linear(bf16):
 
 
 def decode_block(bf16):
-    """Behind a convolution and before one, in based-1.4b."""
+    """Behind a convolution and before one, in based-1.4b: without that one, and with it."""
     others = [Implementation("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block))]
+    with_conv = [
+        build.in_place("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block_conv), 10),
+        build.in_place("decode_block, short_conv_decode", build.block_then_conv, 10),
+    ]
     for rows in (1, 8, 32, 64, 128):
-        yield build.decode_block(rows, 3584, 1792, 3584, 7168, others=others, **bf16)
+        case = partial(build.decode_block, rows, 3584, 1792, 3584, 7168, **bf16)
+        yield case(others=others)
+        yield case(others=with_conv, taps=3)
 
 
 def taylor_feature_map(bf16):

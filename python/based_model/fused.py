@@ -1,5 +1,5 @@
 """What the model computes between the ops of based_ops: norms, SwiGLU, rotary, and in a decode step
-the projections behind them.
+the projections behind them, with the short convolution that follows some of these.
 
 Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile. Where reading
 the weights is all there is to do, the products are kernels of our own: on Hopper, for up to 128
@@ -8,7 +8,7 @@ with a single row gemv.py, which has the elementwise parts in it, and on Hopper,
 based_ops.skinny_linear behind norm.py. For more rows, cuBLAS is as fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import NamedTuple
 
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from based_ops import build_info, decode_block, skinny_linear
+from based_ops import build_info, decode_block, short_conv_decode, skinny_linear
 
 BLOCK_ROWS = range(1, 129)  # that decode_block is asked for
 BLOCK_COLUMNS = 12288  # of each of its products; it takes 1024 for every 8 SMs of one cluster
+BLOCK_TAPS = range(2, 5)  # of a convolution that it takes along
 
 
 def compiled_on_gpu(function: Callable) -> Callable:
@@ -136,12 +137,42 @@ def _norm(x: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Te
     return add_norm(x, update, norm.weight, norm.eps)
 
 
+class ShortConv(NamedTuple):
+    """A short convolution with SiLU of a product's first half, gated by its second half.
+
+    The arguments of based_ops.decode_block; the state is updated in place.
+    """
+
+    conv_weight: Tensor  # (C,K)
+    conv_state: Tensor  # (S,C,K-1)
+    state_indices: Tensor | None  # (N,)
+
+
 class Projection(NamedTuple):
-    """What a layer begins with in a decode step: products of the norm of the residual stream."""
+    """What a layer begins with in a decode step: products of the norm of the residual stream, and
+    what a convolution makes of the one product."""
 
     norm: nn.Module
     weights: tuple[Tensor, ...]
     bias: Tensor | None = None
+    conv: ShortConv | None = None
+
+
+def project(x: Tensor, update: Tensor | None, projection: Projection) -> tuple[Tensor, ...]:
+    """(x + update, what projection makes of it: the convolved product, or a tensor a weight)."""
+    norm, weights, bias, conv = projection
+    x, *products = norm_linear(x, update, norm, *weights, bias=bias)
+    return x, *_convolved(products, conv)
+
+
+def _convolved(products: Sequence[Tensor], conv: ShortConv | None) -> Sequence[Tensor]:
+    if conv is None:
+        return products
+    u, gate = products[0].chunk(2, -1)
+    weight, state, indices = conv
+    weight = weight.to(u.dtype)
+    options = {"activation": "silu", "gate": gate, "state_indices": indices}
+    return (short_conv_decode(u, weight, state, **options),)
 
 
 def block_tail(
@@ -154,14 +185,15 @@ def block_tail(
     following: Projection,
     counters: Tensor,
 ) -> tuple[Tensor, ...]:
-    """From one mixer of a decode step to the next: (x, the products of following, ...).
+    """From one mixer of a decode step to the next: (x, what following makes of it, ...).
 
-    x (N,d) += out_proj(mixed (N,K)); x += swiglu(its RMSNorm times fc1^T) times fc2^T; and of that
-    the products. Both norms have the same eps. counters: see based_ops.decode_block.
+    x (N,d) += out_proj(mixed (N,K)); x += swiglu(its RMSNorm times fc1^T) times fc2^T; and then
+    project(). Both norms have the same eps. counters: see based_ops.decode_block.
     """
-    weights = following.weights
+    weights, conv = following.weights, following.conv
     joined = weights[0] if len(weights) == 1 else _joined(weights)
     if joined is not None and _one_kernel(x, mixed, out_proj.weight, fc1, fc2, joined):
+        with_conv = conv is not None and _in_block(conv)
         x, out = decode_block(
             mixed,
             x,
@@ -175,11 +207,14 @@ def block_tail(
             out_bias=out_proj.bias,
             next_bias=following.bias,
             eps=norm.eps,
+            **(conv._asdict() if with_conv else {}),
         )
-        return x, *out.split([len(weight) for weight in weights], -1)
+        if with_conv:
+            return x, out
+        return x, *_convolved(out.split([len(weight) for weight in weights], -1), conv)
     update = linear(mixed, out_proj.weight, out_proj.bias)
     x, update = norm_mlp(x, update, norm, fc1, fc2)
-    return norm_linear(x, update, following.norm, *weights, bias=following.bias)
+    return project(x, update, following)
 
 
 def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
@@ -191,6 +226,18 @@ def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
         and all(y.dtype == torch.bfloat16 and y.shape[-1] % 8 == 0 for y in factors)
         and all(len(y) <= BLOCK_COLUMNS for y in factors)
         and _runs_wgmma(x.device)
+    )
+
+
+def _in_block(conv: ShortConv) -> bool:
+    """Whether decode_block takes this convolution along with its last product."""
+    (channels, taps), state = conv.conv_weight.shape, conv.conv_state
+    return (
+        taps in BLOCK_TAPS
+        and channels % 8 == 0
+        and conv.conv_weight.dtype == state.dtype == torch.bfloat16
+        and state.is_contiguous()
+        and state.data_ptr() % 16 == 0
     )
 
 

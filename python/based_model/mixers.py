@@ -1,10 +1,10 @@
 """The token mixers of a block: linear, window and conv of Based, attention of a Transformer.
 
 Each has two forms that compute the same function: forward() over sequences, which can take and
-give a state, and returns (output, state); and decode() for one token, without the products at both
-ends, which a decode step has together with the block: it takes those with projection(), a tensor
-for each weight, and returns (what out_proj takes, state). Only the state of attention grows with
-the text; decode() of the others updates theirs in place.
+give a state, and returns (output, state); and decode() for one token, without what a decode step
+has together with the block: out_proj, and what projection() says, which decode() takes. It returns
+(what out_proj takes, state). Only the state of attention grows with the text; the others' states
+are updated in place.
 
 Shapes: B batch, T seqlen, N state rows (B, or the number of packed sequences), H heads,
 D feature_dim, F = 1 + D + D(D+1)/2, V head_dim, W window, K conv_width, S slots of a cache.
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from based_model.config import ModelConfig
-from based_model.fused import join_memory, rotate
+from based_model.fused import Projection, ShortConv, join_memory, rotate
 from based_ops import (
     linear_attention,
     linear_attention_decode,
     linear_attention_decode_deferred,
     short_conv,
-    short_conv_decode,
     sliding_window_attention,
     sliding_window_decode,
 )
@@ -115,9 +114,9 @@ class LinearMixer(nn.Module):
         shape = (rows, self.nheads, expanded_dim)
         return tuple(weight.new_zeros(*shape, *n, dtype=dtype) for n in ((head_dim,), ()))
 
-    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The weights that decode() gets products with, and their bias."""
-        return (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight), None
+    def projection(self, norm: nn.Module, state: LayerState, indices: Tensor | None) -> Projection:
+        """What decode() takes."""
+        return Projection(norm, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
 
     def decode(self, h: list[Tensor], state: LayerState, span: Span):
         qkv = [y.unflatten(-1, (self.nheads, -1)) for y in h]
@@ -164,9 +163,9 @@ class WindowMixer(nn.Module):
         shape = (rows, self.window, self.nheads, head_dim)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The weights that decode() gets products with, and their bias."""
-        return (self.qkv_proj.weight,), None
+    def projection(self, norm: nn.Module, state: LayerState, indices: Tensor | None) -> Projection:
+        """What decode() takes."""
+        return Projection(norm, (self.qkv_proj.weight,))
 
     def decode(self, h: list[Tensor], state: LayerState, span: Span):
         q, k, v = h[0].unflatten(-1, (3, self.nheads, -1)).unbind(-3)
@@ -216,21 +215,13 @@ class ConvMixer(nn.Module):
         d_inner, width = self.conv_weight.shape
         return (self.conv_weight.new_zeros(rows, d_inner, width - 1),)
 
-    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The weights that decode() gets products with, and their bias."""
-        return (self.in_proj.weight,), self.in_proj.bias
+    def projection(self, norm: nn.Module, state: LayerState, indices: Tensor | None) -> Projection:
+        """What decode() takes. The convolution belongs to it, and updates the state."""
+        conv = ShortConv(self.conv_weight, *state, indices)
+        return Projection(norm, (self.in_proj.weight,), self.in_proj.bias, conv)
 
     def decode(self, h: list[Tensor], state: LayerState, span: Span):
-        u, gate = h[0].chunk(2, -1)
-        out = short_conv_decode(
-            u,
-            self.conv_weight.to(u.dtype),
-            *state,
-            activation="silu",
-            gate=gate,
-            state_indices=span.indices,
-        )
-        return out, state
+        return h[0], state
 
 
 class AttentionMixer(nn.Module):
@@ -290,9 +281,9 @@ class AttentionMixer(nn.Module):
         shape = (rows, capacity + 1, self.nheads, head_dim)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def projection(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """The weights that decode() gets products with, and their bias."""
-        return (self.qkv_proj.weight,), None
+    def projection(self, norm: nn.Module, state: LayerState, indices: Tensor | None) -> Projection:
+        """What decode() takes."""
+        return Projection(norm, (self.qkv_proj.weight,))
 
     def decode(self, h: list[Tensor], state: LayerState, span: Span):
         q, k, v = self._rotated(h[0], span)  # (N,H,V) each

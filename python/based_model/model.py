@@ -22,7 +22,7 @@ from based_model.fused import (
     add_norm,
     block_tail,
     embed,
-    norm_linear,
+    project,
     rms_norm,
     rotary_angles,
     swiglu,
@@ -122,7 +122,7 @@ class Block(nn.Module):
         return x, self.mlp(h), state
 
     def decode_tail(self, x: Tensor, mixed: Tensor, following: Projection, counters: Tensor):
-        """What comes behind mixer.decode(): (x, the products of following, ...)."""
+        """What comes behind mixer.decode(): (x, what following makes of it, ...)."""
         fc1, fc2, out_proj = self.mlp.fc1.weight, self.mlp.fc2.weight, self.mixer.out_proj
         return block_tail(x, mixed, out_proj, self.norm2, fc1, fc2, following, counters)
 
@@ -269,8 +269,8 @@ class Based(nn.Module):
         slots = self._slots(positions + 1) if slots is None else slots
         rotary = self._rotary(positions)
         span = Span(positions, positions, rotary, slots=slots, fill=state.fill, indices=indices)
-        first, *following = self._projections()
-        x, *h = norm_linear(self._embed(tokens), None, first.norm, *first.weights, bias=first.bias)
+        first, *following = self._projections(state.layers, indices)
+        x, *h = project(self._embed(tokens), None, first)
         for i, layer in enumerate(self.layers):
             mixed, state.layers[i] = layer.mixer.decode(h, state.layers[i], span)
             x, *h = layer.decode_tail(x, mixed, following[i], state.counters)
@@ -289,10 +289,13 @@ class Based(nn.Module):
                 state.layers[i] += layer.mixer.rings(state.layers[i], capacity)
         state.fill, state.capacity = torch.zeros_like(state.positions), capacity
 
-    def _projections(self) -> list[Projection]:
+    def _projections(self, states: list[LayerState], indices: Tensor | None) -> list[Projection]:
         """What decode() begins every layer with, and the output layer."""
-        layers = [Projection(layer.norm1, *layer.mixer.projection()) for layer in self.layers]
-        return [*layers, Projection(self.norm, (self.embedding.weight,))]
+        projections = [
+            layer.mixer.projection(layer.norm1, state, indices)
+            for layer, state in zip(self.layers, states, strict=True)
+        ]
+        return [*projections, Projection(self.norm, (self.embedding.weight,))]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return embed(tokens, self.embedding.weight)

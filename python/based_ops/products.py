@@ -64,14 +64,14 @@ def decode_block(
     x   += (value * silu(gate)) fc2^T, (value, gate) = rms_norm(x, norm_weight) fc1^T
     out  = rms_norm(x, next_norm_weight) next_weight^T + next_bias
 
-    with rms_norm(x, w) = x / sqrt(mean(x^2) + eps) * w. With conv_weight and conv_state, out is
-    what `short_conv_decode` makes of that product as (u, gate), with activation="silu":
+    with rms_norm(x, w) = x / sqrt(mean(x^2) + eps) * w. With conv_weight and conv_state, that last
+    product is (u, gate), and what `short_conv_decode` makes of it is returned in its place:
 
-    out = silu(sum_j conv_weight_j u_{t-taps+1+j}) * gate
+    out  = silu(sum_j conv_weight_j u_{t-taps+1+j}) * gate
 
-    and u is shifted into the state. One kernel on the whole GPU, where reading
-    the weights takes the time. It may begin to read them while the kernels before it still run:
-    none that runs directly before may write them. So autocast casts mixed alone.
+    One kernel on the whole GPU, where reading the weights takes the time. It may begin to read them
+    while the kernels before it still run: none that runs directly before may write them. So
+    autocast casts mixed alone.
 
     Args:
         mixed: (N, K), bfloat16, N <= 128: what the token mixer gave.
@@ -99,10 +99,11 @@ def decode_block(
 
     Raises:
         RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
-            a slot out of range or used twice (under `set_checks`; without it a row whose slot is
-            out of range gets NaN), a weight of more than 1024 rows for every 8 SMs that can form a cluster (16384 on a
-            whole H100), a GPU whose compute capability is not 9.0 (there is no kernel for others,
-            and none for CPUs), or when grad is enabled and an input requires it.
+            some of the convolution's arguments without the others, a weight of more than 1024 rows
+            for every 8 SMs that can form a cluster (16384 on a whole H100), a GPU whose compute
+            capability is not 9.0 (there is no kernel for others, and none for CPUs), when grad is
+            enabled and an input requires it, or under `set_checks` on a slot out of range or used
+            twice. Without these checks a row whose slot is out of range gets NaN.
     """
     op = "decode_block"
     forbid_grad(

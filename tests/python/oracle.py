@@ -116,8 +116,11 @@ def decode_block(
     out_bias=None,
     next_bias=None,
     eps=1e-5,
+    conv_weight=None,
+    conv_state=None,
+    state_indices=None,
 ):
-    """x (N, d), out (N, M)."""
+    """x (N, d), out (N, M), or with a convolution (N, C); conv_state in place."""
 
     def product(a, weight, bias=None):
         return a @ weight.double().T + (0 if bias is None else bias.double())
@@ -128,7 +131,21 @@ def decode_block(
     x = x.double() + product(mixed.double(), out_weight, out_bias)
     value, gate = product(normed(x, norm_weight), fc1).chunk(2, -1)
     x = x + product(value * gate * gate.sigmoid(), fc2)
-    return x, product(normed(x, next_norm_weight), next_weight, next_bias)
+    out = product(normed(x, next_norm_weight), next_weight, next_bias)
+    if conv_weight is None:
+        return x, out
+    u, gate = out.chunk(2, -1)
+    slots = torch.arange(len(x)) if state_indices is None else state_indices
+    out = torch.zeros_like(u)
+    for row, slot in enumerate(slots.tolist()):
+        if not 0 <= slot < len(conv_state):
+            out[row] = 0 if slot == -1 else float("nan")
+            continue
+        inputs = torch.cat([conv_state[slot].double(), u[row][:, None]], 1)
+        y = (inputs * conv_weight.double()).sum(1)
+        out[row] = y * y.sigmoid() * gate[row]
+        conv_state[slot] = inputs[:, 1:]
+    return x, out
 
 
 def linear_attention_rows(q, k, v, rows):

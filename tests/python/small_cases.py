@@ -147,6 +147,17 @@ def decode_block():
         based_ops.decode_block(mixed, x, *weights, counters)
         options = {"out_bias": bias, "next_bias": draw(columns, dtype=BF16)}
         based_ops.decode_block(mixed, x, *weights, counters, **options)
+        channels, taps = 8 * (1 + columns // 16), 2 + rows % 3
+        weights = *weights[:-1], draw(2 * channels, d, dtype=BF16)
+        state = draw(rows + 2, channels, taps - 1, dtype=BF16)
+        options = {"out_bias": bias, "conv_weight": draw(channels, taps, dtype=BF16)}
+        options["conv_state"] = state[:rows]
+        based_ops.decode_block(mixed, x, *weights, counters, **options)
+        options["conv_state"] = state
+        options["state_indices"] = indices = torch.arange(1, rows + 1, device="cuda")
+        based_ops.decode_block(mixed, x, *weights, counters, **options)
+        indices[rows // 2], indices[-1] = -1, 10**9
+        based_ops.decode_block(mixed, x, *weights, counters, **options)
 
 
 CASES = [
