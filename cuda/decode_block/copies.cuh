@@ -15,7 +15,9 @@ __device__ __forceinline__ void count_up(unsigned* counter) {
 // Until all CTAs have finished stage s.
 __device__ __forceinline__ void wait_for_stage(const BlockArgs& args, int s) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const unsigned all = args.stages[s].tiles * args.stages[s].splits;
+  const BlockStage& stage = args.stages[s];
+  const int whole = stage.passes * gridDim.x;
+  const unsigned all = whole + (stage.tiles - whole) * stage.splits;
   unsigned count = 0;
   while (count < all) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
@@ -60,9 +62,11 @@ template <int kRows>
 __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kXSlots> place;
-  int turn = 0, ready = 0;
+  int turn = 0, ready = 0, parity = 1;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
     for (; ready < s; ++ready) wait_for_stage(args, ready);
+    if (turn > 0) shared.finished.wait(parity);
+    parity ^= 1;
     // Other threads wrote x, and used its ring for sums: the copy engine comes after them.
     asm volatile("fence.proxy.async.global;\n fence.proxy.async.shared::cta;" ::: "memory");
     for (int block = 0; block < work.count; ++block) {
@@ -84,7 +88,7 @@ __device__ __forceinline__ void copy_states(const BlockArgs& args, BlockShared<k
   const int channel = work.tile * kBlockTile / 2;
   const int bytes = min(kBlockTile / 2, stage.columns - channel) * (conv.taps - 1) *
                     static_cast<int>(sizeof(BlockElement));
-  const int begin = work.begin * 8 + threadIdx.x % 32, end = min(args.rows, work.end * 8);
+  const int begin = work.begin() * 8 + threadIdx.x % 32, end = min(args.rows, work.end() * 8);
   uint32_t expected = 0;
   for (int row = begin; row < end; row += 32) {
     const DecodeRow place = decode_row(conv.indices, row, conv.slots);
@@ -108,11 +112,11 @@ __device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShare
   constexpr int kAtOnce = 16;
   int ready = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
-    if (stage.squares == nullptr) return;
+    if (stage.squares == nullptr || !work.in_first_pass()) return;  // it has all rows of the others
     for (; ready < s; ++ready) wait_for_stage(args, ready);
     if (stage.ending == BlockEnding::kConvolution) copy_states(args, shared, stage, work);
-    const int end = min(args.rows, work.end * 8);
-    for (int row = work.begin * 8 + threadIdx.x % 32; row < end; row += 32) {
+    const int end = min(args.rows, work.end() * 8);
+    for (int row = work.begin() * 8 + threadIdx.x % 32; row < end; row += 32) {
       float sum = 0.0f;
       for (int begin = 0; begin < stage.square_tiles; begin += kAtOnce) {
 #pragma unroll

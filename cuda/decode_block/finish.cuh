@@ -20,26 +20,24 @@ __device__ __forceinline__ void meet_computing() {
 // Gives the sums to those who add them up.
 template <int kRows>
 __device__ __forceinline__ void give_sums(const float (&sums)[kRows / 2],
-                                          BlockShared<kRows>& shared, const BlockStage& stage,
-                                          const BlockWork& work) {
+                                          BlockShared<kRows>& shared, const BlockWork& work) {
   meet_computing();  // x was read
 #pragma unroll
   for (int group = 0; group < kRows / 8; ++group) {
-    if (group >= work.groups) break;
+    if (group >= work.groups()) break;
     *shared.own_sums(group) = {sums[4 * group], sums[4 * group + 1], sums[4 * group + 2],
                                sums[4 * group + 3]};
   }
   fence_proxy_async();
   meet_computing();
   const int other = static_cast<int>(threadIdx.x);
-  if (other < stage.splits && other != work.part) {
-    const int begin = other * work.groups / stage.splits;
-    const int count = (other + 1) * work.groups / stage.splits - begin;
+  if (other < work.splits && other != work.part) {
+    const int begin = work.begin(other), count = work.begin(other + 1) - begin;
     using Shared = BlockShared<kRows>;
     if (count > 0) {
       copy_to_rank(shared_address(shared.sums) + work.part * count * Shared::kGroupBytes,
                    shared_address(shared.x) + begin * Shared::kGroupBytes,
-                   count * Shared::kGroupBytes, shared.sums_full, work.leader + other);
+                   count * Shared::kGroupBytes, shared.sums_full, work.leader() + other);
     }
   }
 }
@@ -147,20 +145,20 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
   constexpr int kPairs = kGated ? 1 : 2;  // of out
   const BlockPlace place(work, kGated);
   const bool scaled = stage.squares != nullptr, adds = !kGated && stage.norm != nullptr;
-  const int count = work.end - work.begin;
+  const int begin = work.begin(), count = work.end() - begin;
   const BlockConvolution& conv = args.convolution;
   // Of every warp and row.
   float* const warp_squares = reinterpret_cast<float*>(shared.own_place(work));
   const float4* sums[kSplits];  // of the spans
 #pragma unroll
   for (int part = 0; part < kSplits; ++part) {
-    sums[part] = part == work.part ? shared.own_sums(work.begin) : shared.others_sums(part * count);
+    sums[part] = part == work.part ? shared.own_sums(begin) : shared.others_sums(part * count);
   }
   float2 residual[kBatch][2] = {};
   const auto load_residual = [&](int first) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int row = (work.begin + min(first + b, count - 1)) * 8 + place.in_group;
+      const int row = (begin + min(first + b, count - 1)) * 8 + place.in_group;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int column = place.column + 8 * pair;
@@ -172,7 +170,8 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
     }
   };
   if (adds) load_residual(0);
-  if (scaled) asm volatile("barrier.sync 1, 288;" ::: "memory");  // with those who computed scales
+  // With those who computed the scales.
+  if (scaled && work.in_first_pass()) asm volatile("barrier.sync 1, 288;" ::: "memory");
   if (count > 0 && kSplits > 1) shared.sums_full.wait(parity);
   if (kKept > 0) shared.states_full.wait(0);
 #pragma unroll 1
@@ -182,7 +181,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int in_share = min(first + b, count - 1);
-      const int row = (work.begin + in_share) * 8 + place.in_group;
+      const int row = (begin + in_share) * 8 + place.in_group;
       float y[4] = {};
 #pragma unroll
       for (int part = 0; part < kSplits; ++part) {
@@ -253,7 +252,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
       float sum = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < 8; ++warp) sum += warp_squares[warp * 8 * count + row];
-      stage.squares_out[work.tile * kDecodeBlockMaxRows + work.begin * 8 + row] = sum;
+      stage.squares_out[work.tile * kDecodeBlockMaxRows + begin * 8 + row] = sum;
     }
     meet_computing();
   }

@@ -24,7 +24,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kRows / 2], BlockShared<k
                                          int count, RingPlace<BlockShared<kRows>::kSlots>& weights,
                                          RingPlace<BlockShared<kRows>::kXSlots>& x) {
   using Shared = BlockShared<kRows>;
-  constexpr int kHeld = kBlockHeld, kSteps = kBlockColumns / 16;
+  constexpr int kHeld = Shared::kHeld, kSteps = kBlockColumns / 16;
   const bool first_lane = threadIdx.x % 32 == 0;
   const auto weights_at = [&](int slot) {
     return shared_address(shared.weights) + slot * Shared::kWeightBytes;
@@ -97,14 +97,15 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
   RingPlace<Shared::kXSlots> x;
   int parity = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
-    if (threadIdx.x == 0) {
-      shared.sums_full.expect((stage.splits - 1) * (work.end - work.begin) * Shared::kGroupBytes);
+    if (threadIdx.x == 0 && work.splits > 1) {
+      shared.sums_full.expect((work.splits - 1) * (work.end() - work.begin()) *
+                              Shared::kGroupBytes);
     }
     const BlockConstants constants(args, stage, work);
     {
       float sums[kRows / 2];
       multiply(sums, shared, work.count, weights, x);
-      give_sums(sums, shared, stage, work);
+      give_sums(sums, shared, work);
     }
     const auto finish = [&](auto splits) {
       const auto finish_by = [&](auto ending, auto kept) {
@@ -124,11 +125,12 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
           if (kept == 3) finish_by(convolution, Constant<3>{});
       }
     };
-    if (stage.splits == 8) finish(Constant<8>{});
-    if (stage.splits == 4) finish(Constant<4>{});
-    if (stage.splits == 2) finish(Constant<2>{});
-    if (stage.splits == 1) finish(Constant<1>{});
-    parity ^= 1;
+    if (work.splits == 8) finish(Constant<8>{});
+    if (work.splits == 4) finish(Constant<4>{});
+    if (work.splits == 2) finish(Constant<2>{});
+    if (work.splits == 1) finish(Constant<1>{});
+    if (work.splits > 1) parity ^= 1;
+    if (threadIdx.x % 32 == 0) shared.finished.arrive();
     if (threadIdx.x == 0) count_up(args.counters + s);
   });
 }
@@ -160,7 +162,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         compute(args, shared);
       }
     }
-    __syncthreads();
+    cluster_arrive_relaxed();  // all sums that were sent from here have arrived
+    cluster_wait();
     // The last CTA leaves the counters as they were.
     if (threadIdx.x == 0 &&
         atomicAdd(args.counters + kDecodeBlockCounters - 1, 1) + 1 == gridDim.x) {

@@ -74,8 +74,10 @@ cudaError_t product(BlockStage& s, const TensorView& x, const TensorView& weight
   s.blocks = tiles_of(weight.size[1], kBlockColumns);
   s.ending = ending;
   s.tiles = tiles_of(s.columns, s.gated() ? kBlockTile / 2 : kBlockTile);
+  s.passes = s.tiles / ctas;
+  const int left = s.tiles - s.passes * ctas;
   s.splits = kBlockCluster;
-  while (s.splits > 1 && (s.splits > s.blocks || ctas / s.splits < s.tiles)) s.splits /= 2;
+  while (s.splits > 1 && (s.splits > s.blocks || ctas / s.splits < left)) s.splits /= 2;
   s.out = pointer<BlockElement>(out), s.out_stride = out.stride[0];
   s.out_pairs = s.columns % 2 == 0 && starts_pairs(out, sizeof(BlockElement));
   const cudaError_t error = s.gated() ? make_paired_tensor_map(&s.weight, weight, kBlockTile)
@@ -171,7 +173,9 @@ Status launch(const DecodeBlockParams& p, const Between& between, Stream stream)
   const int ctas = clusters * kBlockCluster;
   for (int s = 0; s < kBlockStages; ++s) {
     const TensorView& weight = *weights_of(p)[s];
-    if (args.stages[s].tiles * args.stages[s].splits > ctas) {
+    const BlockStage& stage = args.stages[s];
+    const bool in_one_pass = stage.norm != nullptr || stage.ending == BlockEnding::kConvolution;
+    if (in_one_pass && stage.tiles > ctas) {
       return make_status(StatusCode::kUnsupported, "%s: %s: expected at most %d rows, got %lld",
                          kOp, kWeights[s], ctas * kBlockTile,
                          static_cast<long long>(weight.size[0]));

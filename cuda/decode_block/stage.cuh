@@ -12,6 +12,10 @@
 // not computed before a product but with it: x times the norm's weight is what the stage before
 // leaves, with sums of squares, and the product's rows are divided by the root mean square.
 //
+// A stage of more tiles than CTAs takes several passes: whole tiles as long as every CTA gets one,
+// then what is left, again by spans of K. Not if it adds to the residual or convolves: what those
+// keep in shared memory would be in the way of others' sums for the last pass.
+//
 // Where a convolution follows, what it keeps of a row arrives in shared memory during the product.
 #pragma once
 
@@ -40,7 +44,8 @@ struct BlockStage {
   CUtensorMap weight, x;  // boxes of 128 and of kRows rows
   int columns;            // of out
   int tiles, blocks;      // of the weights: along M, and along K
-  int splits;             // CTAs that share K
+  int passes;             // of whole tiles
+  int splits;             // CTAs that share K in the last pass
   BlockEnding ending;
   const BlockElement* bias;  // of the product's columns, or null
   const float* squares;      // null, or of x: (tiles of the stage before, kDecodeBlockMaxRows)
@@ -80,30 +85,41 @@ struct BlockArgs {
 enum BlockThreads { kBlockComputing = 256, kBlockWeights = 256, kBlockX = 288, kBlockScales = 320 };
 constexpr int kBlockThreads = 352;  // eight warps that compute, and three that serve them
 
-// What a CTA does of a stage: blocks first ... first + count - 1 of K of a tile, and in the end
-// groups begin ... end - 1 of eight rows of the sums.
+// What a CTA does in a pass of a stage: blocks first ... first + count - 1 of K of a tile, and in
+// the end its share of the sums' groups of eight rows.
 struct BlockWork {
-  int tile, part, leader;  // part: of splits; leader: the cluster's rank of part 0
+  int tile;
+  int splits, part;  // CTAs that share K
   int first, count;
-  int groups;  // of all rows
-  int begin, end;
+  int rows;  // of x
 
-  __device__ __forceinline__ BlockWork(const BlockArgs& args, int s) {
+  __device__ __forceinline__ BlockWork(const BlockArgs& args, int s, int pass) : rows(args.rows) {
     const BlockStage& stage = args.stages[s];
-    const int rank = blockIdx.x % kBlockCluster, teams = gridDim.x / stage.splits;
-    part = rank % stage.splits, leader = rank - part;
-    first = part * stage.blocks / stage.splits;
-    count = (part + 1) * stage.blocks / stage.splits - first;
+    splits = pass < stage.passes ? 1 : stage.splits;
+    const int teams = gridDim.x / splits;
+    part = blockIdx.x % kBlockCluster % splits;
+    first = share_begin(part, stage.blocks), count = share_begin(part + 1, stage.blocks) - first;
     // Where not all teams have a tile, they are others in every stage.
-    tile = (blockIdx.x / stage.splits + s * teams / kBlockStages) % teams;
-    groups = (args.rows + 7) / 8;
-    begin = part * groups / stage.splits, end = (part + 1) * groups / stage.splits;
+    tile = pass * gridDim.x + (blockIdx.x / splits + s * teams / kBlockStages) % teams;
   }
+  // Where what a part has of n things begins. splits is a power of 2.
+  __device__ __forceinline__ int share_begin(int part, int n) const {
+    return part * n >> (31 - __clz(splits));
+  }
+  __device__ __forceinline__ int groups() const { return (rows + 7) / 8; }  // of eight rows
+  // The first and the end of those that a part finishes.
+  __device__ __forceinline__ int begin(int part) const { return share_begin(part, groups()); }
+  __device__ __forceinline__ int begin() const { return begin(part); }
+  __device__ __forceinline__ int end() const { return begin(part + 1); }
+  __device__ __forceinline__ bool in_first_pass() const { return tile < int(gridDim.x); }
+  // The cluster's rank of part 0.
+  __device__ __forceinline__ int leader() const { return blockIdx.x % kBlockCluster - part; }
 };
 
 // Rings of blocks: rows of 128 bytes in wgmma's 128-byte swizzle.
 template <int kRows>
 struct BlockShared {
+  static constexpr int kHeld = block_held(kRows);
   static constexpr int kXSlots = block_x_slots(kRows), kXBytes = kRows * 128;
   static constexpr int kWeightBytes = kBlockTile * 128;
   // Of eight rows, a float4 of every computing thread; at most so many of so many CTAs.
@@ -119,6 +135,7 @@ struct BlockShared {
   Mbarrier weights_full[kSlots], weights_empty[kSlots];
   Mbarrier x_full[kXSlots], x_empty[kXSlots];
   Mbarrier sums_full, states_full;
+  Mbarrier finished;  // a tile
   // Of the rows that this CTA finishes:
   float scales[kRows];   // 1 / root mean square
   int64_t slots[kRows];  // of the convolution's states; -1: skipped; kNone: there is no such slot
@@ -134,11 +151,11 @@ struct BlockShared {
   // What a convolution keeps of a tile's values in a row of this CTA's; all of it lies where this
   // CTA would send itself its sums.
   __device__ __forceinline__ BlockElement* state(const BlockWork& work, int row, int taps) {
-    const int in_share = row - work.begin * 8, bytes = state_bytes(taps) + 16;
+    const int in_share = row - work.begin() * 8, bytes = state_bytes(taps) + 16;
     return reinterpret_cast<BlockElement*>(own_place(work) + in_share * bytes);
   }
   __device__ __forceinline__ char* own_place(const BlockWork& work) {
-    return sums + work.part * (work.end - work.begin) * kGroupBytes;
+    return sums + work.part * (work.end() - work.begin()) * kGroupBytes;
   }
   static constexpr __host__ __device__ int state_bytes(int taps) {
     return kBlockTile / 2 * (taps - 1) * int(sizeof(BlockElement));
@@ -151,6 +168,7 @@ struct BlockShared {
     for (Mbarrier& barrier : x_empty) barrier.init(8);
     sums_full.init(1);
     states_full.init(32);
+    finished.init(8);
     fence_barrier_init();
   }
 };
@@ -170,8 +188,11 @@ template <class Fn>
 __device__ __forceinline__ void for_each_tile(const BlockArgs& args, const Fn& fn) {
 #pragma unroll 1
   for (int s = 0; s < kBlockStages; ++s) {
-    const BlockWork work(args, s);
-    if (work.tile < args.stages[s].tiles) fn(s, args.stages[s], work);
+#pragma unroll 1
+    for (int pass = 0; pass <= args.stages[s].passes; ++pass) {
+      const BlockWork work(args, s, pass);
+      if (work.tile < args.stages[s].tiles) fn(s, args.stages[s], work);
+    }
   }
 }
 

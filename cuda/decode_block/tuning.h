@@ -8,8 +8,10 @@ constexpr int kBlockColumns = 64;    // columns that a copy brings
 constexpr int kBlockCluster = 8;     // CTAs that can share K
 constexpr int kBlockClusters = 16;   // at most
 constexpr int kBlockOnTheirWay = 2;  // copies of weights that a CTA has asked for
-constexpr int kBlockHeld = 4;        // blocks of weights that the threads' registers hold
 constexpr int kBlockBarrierBytes = 2048;
+
+// Blocks of weights that the threads' registers hold.
+constexpr int block_held(int rows) { return rows <= 64 ? 4 : 3; }
 
 // Blocks of x that a CTA has room for, at `rows` rows of x.
 constexpr int block_x_slots(int rows) { return rows <= 32 ? 8 : 4; }
