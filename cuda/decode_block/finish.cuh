@@ -169,7 +169,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
       }
     }
   };
-  if (adds) load_residual(0);
+  if (adds && count > 0) load_residual(0);
   // With those who computed the scales.
   if (scaled && work.in_first_pass()) asm volatile("barrier.sync 1, 288;" ::: "memory");
   if (count > 0 && kSplits > 1) shared.sums_full.wait(parity);
