@@ -3,9 +3,10 @@ the projections behind them, with the short convolution that follows some of the
 
 Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile. Where reading
 the weights is all there is to do, the products are kernels of our own: on Hopper, for up to 128
-rows in bf16, based_ops.decode_block, which is all that lies between two mixers; for what it leaves,
-with a single row gemv.py, which has the elementwise parts in it, and on Hopper, for 2 to 64 rows,
-based_ops.skinny_linear behind norm.py. For more rows, cuBLAS is as fast.
+rows in bf16, based_ops.decode_block, which is all that lies between two mixers, or between the last
+one and the logits; for what it leaves, with a single row gemv.py, which has the elementwise parts
+in it, and on Hopper, for 2 to 64 rows, based_ops.skinny_linear behind norm.py. For more rows,
+cuBLAS is as fast.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from torch.compiler import is_compiling
 from based_ops import build_info, decode_block, short_conv_decode, skinny_linear
 
 BLOCK_ROWS = range(1, 129)  # that decode_block is asked for
-BLOCK_COLUMNS = 12288  # of each of its products; it takes 1024 for every 8 SMs of one cluster
+# Of x, and of a product before a convolution; it takes 1024 for every 8 SMs of one cluster.
+BLOCK_COLUMNS = 12288
 BLOCK_TAPS = range(2, 5)  # of a convolution that it takes along
 
 
@@ -223,8 +225,8 @@ def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
         _decodes(x)
         and len(x) in BLOCK_ROWS
         and x.dtype == torch.float32
+        and x.shape[-1] <= BLOCK_COLUMNS
         and all(y.dtype == torch.bfloat16 and y.shape[-1] % 8 == 0 for y in factors)
-        and all(len(y) <= BLOCK_COLUMNS for y in factors)
         and _runs_wgmma(x.device)
     )
 
@@ -235,6 +237,7 @@ def _in_block(conv: ShortConv) -> bool:
     return (
         taps in BLOCK_TAPS
         and channels % 8 == 0
+        and 2 * channels <= BLOCK_COLUMNS
         and conv.conv_weight.dtype == state.dtype == torch.bfloat16
         and state.is_contiguous()
         and state.data_ptr() % 16 == 0

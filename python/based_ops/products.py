@@ -99,11 +99,11 @@ def decode_block(
 
     Raises:
         RuntimeError: on mismatched arguments, more rows, another dtype, rows that start elsewhere,
-            some of the convolution's arguments without the others, a weight of more than 1024 rows
-            for every 8 SMs that can form a cluster (16384 on a whole H100), a GPU whose compute
-            capability is not 9.0 (there is no kernel for others, and none for CPUs), when grad is
-            enabled and an input requires it, or under `set_checks` on a slot out of range or used
-            twice. Without these checks a row whose slot is out of range gets NaN.
+            some of the convolution's arguments without the others, a d, or with a convolution an M,
+            of more than 1024 for every 8 SMs that can form a cluster (16384 on a whole H100), a GPU
+            whose compute capability is not 9.0 (there is no kernel for others, and none for CPUs),
+            when grad is enabled and an input requires it, or under `set_checks` on a slot out of
+            range or used twice. Without these checks a row whose slot is out of range gets NaN.
     """
     op = "decode_block"
     forbid_grad(

@@ -137,6 +137,7 @@ def decode_block():
         (9, 200, 72, 8, 2),
         (33, 72, 144, 264, 130),
         (128, 264, 136, 328, 520),
+        (20, 72, 72, 8200, 16393),  # more columns than the CTAs take at once
     ):
         mixed, out_weight, fc1, fc2, next_weight = (
             draw(*shape, dtype=BF16)
@@ -147,7 +148,7 @@ def decode_block():
         based_ops.decode_block(mixed, x, *weights, counters)
         options = {"out_bias": bias, "next_bias": draw(columns, dtype=BF16)}
         based_ops.decode_block(mixed, x, *weights, counters, **options)
-        channels, taps = 8 * (1 + columns // 16), 2 + rows % 3
+        channels, taps = 8 * (1 + columns % 1000 // 16), 2 + rows % 3
         weights = *weights[:-1], draw(2 * channels, d, dtype=BF16)
         state = draw(rows + 2, channels, taps - 1, dtype=BF16)
         options = {"out_bias": bias, "conv_weight": draw(channels, taps, dtype=BF16)}

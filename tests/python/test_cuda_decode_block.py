@@ -21,6 +21,7 @@ on_hopper = pytest.mark.skipif(not HOPPER, reason="no GPU of compute capability 
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128]
 MEDIUM = 264, 400, 328, 520  # (d, K, m, M)
+WIDE = 264, 400, 9000, 20000  # more than the CTAs take at once
 
 
 def draw(*shape, dtype=BF16):
@@ -117,6 +118,21 @@ def test_sizes_of_the_models(width):
 
 
 @on_hopper
+@pytest.mark.parametrize(
+    "width",
+    [
+        *((264, 400, 9000, 16385), (72, 8, 8, 16393), (264, 72, 8200, 8), WIDE),
+        *((136, 200, 20008, 33000), (1792, 1792, 3584, 50264)),
+    ],
+    ids=str,
+)
+def test_more_columns_than_at_once(width):
+    given = weights(width)
+    for rows in ROWS:
+        assert_right([given | inputs(rows, width)])
+
+
+@on_hopper
 def test_strided_rows():
     """Matrices that are parts of larger ones, which hold NaN besides; x too, at any stride."""
 
@@ -141,17 +157,18 @@ def test_no_rows():
 
 
 @on_hopper
+@pytest.mark.parametrize("width", [MEDIUM, WIDE], ids=str)
 @pytest.mark.parametrize("rows", [2, 8, 16, 32, 64, 128])
-def test_a_row_depends_on_no_other(rows):
+def test_a_row_depends_on_no_other(rows, width):
     """The same bits in every place, with NaN in all other rows, and for fewer rows of the same
     kernel; and one row of NaN leaves all others as they are."""
-    given, row = weights(MEDIUM), inputs(1, MEDIUM)
+    given, row = weights(width), inputs(1, width)
     first = run(given | {n: y.repeat(rows, 1) for n, y in row.items()})
     fewer = run(given | {n: y.repeat(rows // 2 + 1, 1) for n, y in row.items()})
     for name, ours, theirs in zip(("x", "out"), first, fewer):
         assert torch.equal(theirs, ours[: rows // 2 + 1]), name
         assert torch.equal(ours, ours[:1].expand_as(ours)), name
-    mixture = inputs(rows, MEDIUM)
+    mixture = inputs(rows, width)
     whole = run(given | mixture)
     for place in {0, 1, rows // 2, rows - 1}:
         others = torch.arange(rows, device="cuda") != place
@@ -168,13 +185,16 @@ def test_a_row_depends_on_no_other(rows):
 
 
 @on_hopper
-def test_weights_of_one_column_stay_there():
+@pytest.mark.parametrize(
+    "width, columns", [(MEDIUM, [0, 77, 519]), (WIDE, [0, 16383, 16384, 19999])]
+)
+def test_weights_of_one_column_stay_there(width, columns):
     """NaN in a row of the last product's weights is NaN in its column alone."""
-    given = inputs(20, MEDIUM) | weights(MEDIUM)
-    given["next_weight"][[0, 77, 519]] = float("nan")
+    given = inputs(20, width) | weights(width)
+    given["next_weight"][columns] = float("nan")
     x, out = run(given)
     assert x.isfinite().all()
-    assert out.isnan().sum(0).nonzero().flatten().tolist() == [0, 77, 519]
+    assert out.isnan().sum(0).nonzero().flatten().tolist() == columns
 
 
 def captured(function):
@@ -191,7 +211,8 @@ def assert_equal(ours, theirs):
 
 @on_hopper
 @pytest.mark.parametrize(
-    "rows, width", [(3, MEDIUM), (50, (1792, 3584, 3584, 2688)), (128, MEDIUM)]
+    "rows, width",
+    [(3, MEDIUM), (50, (1792, 3584, 3584, 2688)), (128, MEDIUM), (1, WIDE), (33, WIDE)],
 )
 def test_the_same_bits_every_time(rows, width):
     """200 launches one right behind the other, and as a graph that runs 50 times."""
@@ -270,7 +291,6 @@ def test_two_streams(rows):
     [
         ({"mixed": (129, 400)}, "mixed", "at most 128 rows", "129"),
         ({"x": (2, 272)}, "x", "dtype float32", "bfloat16"),
-        ({"next_weight": (20000, 264), "next_bias": None}, "next_weight", "at most", "20000"),
         ({"fc2": (264, 336)}, "fc2", "shape (d, m) = (264, 328)", "(264, 336)"),
         ({"next_bias": (521,)}, "next_bias", "shape (M,) = (520,)", "(521,)"),
         ({"counters": torch.zeros(8, dtype=torch.int32)}, "counters", "device cuda:0", "cpu"),
@@ -283,6 +303,13 @@ def test_bad_argument(changes, argument, want, got):
     pattern = f"^decode_block: {argument}: expected .*{re.escape(want)}.*, got {re.escape(got)}"
     with pytest.raises(RuntimeError, match=pattern):
         based_ops.decode_block(**inputs(2, MEDIUM) | weights(MEDIUM) | changes)
+
+
+@on_hopper
+def test_the_widest_residual_stream():
+    width = 20000, 8, 8, 8
+    with pytest.raises(RuntimeError, match="^decode_block: out_weight: expected at most .*20000"):
+        based_ops.decode_block(**inputs(2, width) | weights(width))
 
 
 @pytest.mark.skipif(HOPPER, reason="this GPU has a kernel")
@@ -298,7 +325,7 @@ SMALL = ModelConfig(
     nheads=5,
     feature_dim=16,
     window=17,
-    vocab_size=333,
+    vocab_size=33333,
 )
 
 

@@ -295,6 +295,15 @@ def test_checks_of_the_slots():
         based_ops.set_checks(checks)
 
 
+def test_the_widest_convolution():
+    width = 264, 400, 328, 20000
+    given = inputs(2, width) | weights(width) | convolution(2, width, 3)
+    before = given["conv_state"].clone()
+    with pytest.raises(RuntimeError, match="^decode_block: next_weight: expected at most .*20000"):
+        based_ops.decode_block(**given)
+    assert torch.equal(given["conv_state"], before)
+
+
 def test_torch_compile_and_opcheck():
     given = inputs(3, MEDIUM) | weights(MEDIUM) | convolution(3, MEDIUM, 3, "pool")
     given["conv_state"].normal_()

@@ -284,12 +284,12 @@ def test_counters_belong_to_one_state():
 
 
 def test_when_the_model_asks(monkeypatch):
-    """Of BLOCK_ROWS in bf16, up to BLOCK_COLUMNS; on the CPU, and with gradients, never."""
+    """Of BLOCK_ROWS in bf16, d up to BLOCK_COLUMNS; on the CPU, and with gradients, never."""
 
-    def asks(rows=N, dtype=BF16, width=D, columns=M, hidden=2 * MLP):
-        shapes = (D, K), (hidden, width), (columns, width)
+    def asks(rows=N, dtype=BF16, width=D, columns=M):
+        shapes = (width, K), (2 * MLP, width), (width, MLP), (columns, width)
         weights = [zeros(*shape, dtype=dtype) for shape in shapes]
-        return fused._one_kernel(zeros(rows, D, dtype=F32), *weights)
+        return fused._one_kernel(zeros(rows, width, dtype=F32), *weights)
 
     monkeypatch.setattr(fused, "_runs_wgmma", lambda device: True)
     with torch.no_grad():
@@ -297,14 +297,14 @@ def test_when_the_model_asks(monkeypatch):
     monkeypatch.setattr(fused, "_decodes", lambda x: True)
     monkeypatch.setattr(fused, "BLOCK_ROWS", range(3, 11))
     monkeypatch.setattr(fused, "BLOCK_COLUMNS", 90)
-    assert asks(rows=3) and asks(rows=10) and asks(columns=90)
-    assert not asks(rows=2) and not asks(rows=11)
-    assert not asks(columns=91) and not asks(hidden=92)
+    assert asks(rows=3) and asks(rows=10) and asks(columns=91) and asks(width=88)
+    assert not asks(rows=2) and not asks(rows=11) and not asks(width=96)
     assert not asks(dtype=torch.float16) and not asks(dtype=F32) and not asks(width=12)
 
 
-def test_which_convolutions_the_model_hands_over():
-    """Of BLOCK_TAPS in bf16 whose state lies as the op wants it, at any place in a pool."""
+def test_which_convolutions_the_model_hands_over(monkeypatch):
+    """Of BLOCK_TAPS in bf16, behind BLOCK_COLUMNS at most, whose state lies as the op wants it, at
+    any place in a pool."""
 
     def takes(taps=TAPS, channels=C, dtype=BF16, state=None):
         weight = zeros(channels, taps, dtype=dtype)
@@ -314,6 +314,8 @@ def test_which_convolutions_the_model_hands_over():
     assert [taps for taps in range(2, 9) if takes(taps)] == [2, 3, 4]
     assert takes(channels=8) and not takes(channels=12)
     assert not takes(dtype=F32) and not takes(dtype=torch.float16)
+    monkeypatch.setattr(fused, "BLOCK_COLUMNS", 90)
+    assert takes(channels=40) and not takes(channels=48)
     assert takes(state=zeros(SLOTS, C, TAPS - 1)[2:5])
     for wide in (zeros(SLOTS, 2, C, 2)[:, 0], zeros(SLOTS, C, 3)[..., :2], zeros(SLOTS, 2, C).mT):
         assert not takes(state=wide)
