@@ -137,7 +137,7 @@ def decode_block():
         (9, 200, 72, 8, 2),
         (33, 72, 144, 264, 130),
         (128, 264, 136, 328, 520),
-        (20, 72, 72, 8200, 16393),  # more columns than the CTAs take at once
+        (9, 8, 8, 8200, 16393),  # more columns than the CTAs take at once
     ):
         mixed, out_weight, fc1, fc2, next_weight = (
             draw(*shape, dtype=BF16)
