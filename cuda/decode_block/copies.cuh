@@ -62,11 +62,11 @@ template <int kRows>
 __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kXSlots> place;
-  int turn = 0, ready = 0, parity = 1;
+  int turn = 0, tiles = 0, ready = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
     for (; ready < s; ++ready) wait_for_stage(args, ready);
-    if (turn > 0) shared.finished.wait(parity);
-    parity ^= 1;
+    if (tiles > 0) shared.finished.wait((tiles - 1) % 2);
+    ++tiles;
     // Other threads wrote x, and used its ring for sums: the copy engine comes after them.
     asm volatile("fence.proxy.async.global;\n fence.proxy.async.shared::cta;" ::: "memory");
     for (int block = 0; block < work.count; ++block) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShare
           if (t < stage.square_tiles) sum += __ldcg(stage.squares + t * kDecodeBlockMaxRows + row);
         }
       }
-      shared.scales[row] = rsqrtf(sum / args.width + args.eps);
+      shared.scales[s / 2][row] = rsqrtf(sum / args.width + args.eps);
     }
     __syncwarp();
     asm volatile("barrier.arrive 1, 288;" ::: "memory");

@@ -138,7 +138,8 @@ struct alignas(kKept == 2 ? 8 : 4) BlockKept {
 template <int kSplits, BlockEnding kEnding, int kKept, int kRows>
 __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const BlockArgs& args,
                                             const BlockStage& stage, const BlockWork& work,
-                                            const BlockConstants& constants, int parity) {
+                                            const BlockConstants& constants,
+                                            const float (&scales)[kRows], int parity) {
   using Shared = BlockShared<kRows>;
   constexpr int kBatch = 2;  // groups at a time; an odd last one is done twice
   constexpr bool kGated = kEnding != BlockEnding::kLinear;
@@ -189,7 +190,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
         y[0] += x.x, y[1] += x.y, y[2] += x.z, y[3] += x.w;
       }
       make_pairs(y);
-      const float scale = scaled ? shared.scales[row] : 1.0f;
+      const float scale = scaled ? scales[row] : 1.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] = y[i] * scale + half_of(constants.bias[i / 2], i % 2);
       if constexpr (kEnding == BlockEnding::kSwiglu) {

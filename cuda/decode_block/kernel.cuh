@@ -110,7 +110,7 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
     const auto finish = [&](auto splits) {
       const auto finish_by = [&](auto ending, auto kept) {
         finish_tile<decltype(splits)::value, decltype(ending)::value, decltype(kept)::value>(
-            shared, args, stage, work, constants, parity);
+            shared, args, stage, work, constants, shared.scales[s / 2], parity);
       };
       constexpr Constant<BlockEnding::kConvolution> convolution;
       const int kept = args.convolution.taps - 1;
@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         compute(args, shared);
       }
     }
+    __syncthreads();
     cluster_arrive_relaxed();  // all sums that were sent from here have arrived
     cluster_wait();
     // The last CTA leaves the counters as they were.

@@ -137,8 +137,8 @@ struct BlockShared {
   Mbarrier sums_full, states_full;
   Mbarrier finished;  // a tile
   // Of the rows that this CTA finishes:
-  float scales[kRows];   // 1 / root mean square
-  int64_t slots[kRows];  // of the convolution's states; -1: skipped; kNone: there is no such slot
+  float scales[2][kRows];  // 1 / root mean square, of stages 1 and 3
+  int64_t slots[kRows];    // of the convolution's states; -1: skipped; kNone: there is no such slot
   static constexpr int64_t kNone = -2;
 
   // A computing thread's sums of a group of rows: this CTA's, where x was, and those it was given.

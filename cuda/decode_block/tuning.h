@@ -8,7 +8,7 @@ constexpr int kBlockColumns = 64;    // columns that a copy brings
 constexpr int kBlockCluster = 8;     // CTAs that can share K
 constexpr int kBlockClusters = 16;   // at most
 constexpr int kBlockOnTheirWay = 2;  // copies of weights that a CTA has asked for
-constexpr int kBlockBarrierBytes = 2048;
+constexpr int kBlockBarrierBytes = 2560;
 
 // Blocks of weights that the threads' registers hold.
 constexpr int block_held(int rows) { return rows <= 64 ? 4 : 3; }

@@ -131,13 +131,15 @@ def decode_block():
     if torch.cuda.get_device_capability() != (9, 0):
         return
     counters = torch.zeros(8, dtype=torch.int32, device="cuda")
+    # All blocks of weights of a CTA fit its ring here: racecheck lets no warp past a cluster's barrier
+    # that another one, which has arrived, has not come to wait at, and that one fills the ring first.
     for rows, d, width, m, columns in (
         (1, 8, 8, 8, 1),
         (3, 136, 200, 200, 333),
         (9, 200, 72, 8, 2),
         (33, 72, 144, 264, 130),
         (128, 264, 136, 328, 520),
-        (9, 8, 8, 8200, 16393),  # more columns than the CTAs take at once
+        (9, 8, 8, 8, 16393),  # more columns than the CTAs take at once
     ):
         mixed, out_weight, fc1, fc2, next_weight = (
             draw(*shape, dtype=BF16)
