@@ -131,8 +131,8 @@ def decode_block():
     if torch.cuda.get_device_capability() != (9, 0):
         return
     counters = torch.zeros(8, dtype=torch.int32, device="cuda")
-    # All blocks of weights of a CTA fit its ring here: racecheck lets no warp past a cluster's barrier
-    # that another one, which has arrived, has not come to wait at, and that one fills the ring first.
+    # All blocks of weights of a CTA fit its ring here. Under racecheck no warp leaves a cluster's
+    # barrier before all have come to wait at it, and the one that fills the ring comes last.
     for rows, d, width, m, columns in (
         (1, 8, 8, 8, 1),
         (3, 136, 200, 200, 333),
