@@ -17,8 +17,9 @@ void check_aligned_rows(Checker& check, const char* argument, const TensorView& 
 void check_convolution(Checker& check, const DecodeBlockParams& p, int64_t rows, int64_t columns) {
   if (!given(p.conv_weight)) {
     if (given(p.conv_state)) check.fail("conv_weight", "(C, taps) with conv_state", "no tensor");
-    if (given(p.state_indices))
+    if (given(p.state_indices)) {
       check.fail("conv_weight", "(C, taps) with state_indices", "no tensor");
+    }
     return;
   }
   check.require(columns % 16 == 0, "next_weight", "M = 2 C with conv_weight, C a multiple of 8",

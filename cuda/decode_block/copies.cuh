@@ -102,7 +102,7 @@ __device__ __forceinline__ void copy_states(const BlockArgs& args, BlockShared<k
     if (slot < 0) continue;
     copy_bytes(shared_address(shared.state(work, row, conv.taps)),
                conv.state + slot * conv.state_stride + int64_t(channel) * (conv.taps - 1), bytes,
-               shared.states_full);
+               shared_address(&shared.states_full));
   }
 }
 

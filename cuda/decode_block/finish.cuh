@@ -71,10 +71,11 @@ struct BlockPlace {
 // What a thread multiplies with and adds, in place before the product is done: it may come from
 // memory.
 struct BlockConstants {
-  uint32_t bias[2];  // of the pairs, two elements each
+  using Pair = Vector<BlockElement, 2>;
+  Pair bias[2];  // of the pairs
   // Of the pairs the norm's weights, or of a pair of channels the taps of the convolution; what a
   // shorter one lacks at the front is 0.
-  uint32_t factors[kDecodeBlockMaxTaps];
+  Pair factors[kDecodeBlockMaxTaps];
 
   __device__ __forceinline__ BlockConstants(const BlockArgs& args, const BlockStage& stage,
                                             const BlockWork& work) {
@@ -98,19 +99,15 @@ struct BlockConstants {
     }
   }
   // Two elements that lie `apart`; 0 for one that is not there.
-  static __device__ __forceinline__ uint32_t load(const BlockElement* from, int64_t apart, bool low,
-                                                  bool high) {
+  static __device__ __forceinline__ Pair load(const BlockElement* from, int64_t apart, bool low,
+                                              bool high) {
     const auto* const bits = reinterpret_cast<const uint16_t*>(from);
-    uint32_t pair = 0;
-    if (low) pair = bits[0];
-    if (high) pair |= uint32_t(bits[apart]) << 16;
+    Pair pair{};
+    if (low) pair.words[0] = bits[0];
+    if (high) pair.words[0] |= uint32_t(bits[apart]) << 16;
     return pair;
   }
 };
-
-__device__ __forceinline__ float half_of(uint32_t pair, int i) {
-  return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000);
-}
 
 // What a convolution keeps of a pair of channels: kKept values of one, then those of the other.
 template <int kKept>
@@ -122,11 +119,11 @@ struct alignas(kKept == 2 ? 8 : 4) BlockKept {
                                             float newest) {
     constexpr int kMissing = kDecodeBlockMaxTaps - 1 - kKept;
     uint16_t (&inputs)[kKept] = bits[channel];
-    float sum = half_of(constants.factors[kDecodeBlockMaxTaps - 1], channel) * newest;
+    float sum = constants.factors[kDecodeBlockMaxTaps - 1][channel] * newest;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       const float input = __uint_as_float(uint32_t(inputs[i]) << 16);
-      sum += half_of(constants.factors[kMissing + i], channel) * input;
+      sum += constants.factors[kMissing + i][channel] * input;
       inputs[i] =
           i + 1 < kKept ? inputs[i + 1] : __bfloat16_as_ushort(from_float<BlockElement>(newest));
     }
@@ -192,7 +189,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
       make_pairs(y);
       const float scale = scaled ? scales[row] : 1.0f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] = y[i] * scale + half_of(constants.bias[i / 2], i % 2);
+      for (int i = 0; i < 4; ++i) y[i] = y[i] * scale + constants.bias[i / 2][i % 2];
       if constexpr (kEnding == BlockEnding::kSwiglu) {
         y[0] *= y[2] * sigmoid(y[2]), y[1] *= y[3] * sigmoid(y[3]);
       }
@@ -234,7 +231,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
         if (adds) {
           *reinterpret_cast<float2*>(stage.residual_out + int64_t(row) * stage.columns + column) = {
               low, high};
-          low *= half_of(constants.factors[pair], 0), high *= half_of(constants.factors[pair], 1);
+          low *= constants.factors[pair][0], high *= constants.factors[pair][1];
         }
         BlockElement* const out = stage.out + row * stage.out_stride + column;
         if (stage.out_pairs) {

@@ -12,6 +12,19 @@ constexpr bool kHasBulkCopy = false;
 constexpr bool kHasBulkCopy = true;
 #endif
 
+// By one thread: `bytes` (a multiple of 16) between 16-byte aligned addresses. They arrive on the
+// mbarrier at that address in shared memory, which expects them.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
+                                           uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
 // One phase after the other: each ends when the bytes that were announced have arrived.
 struct CopyBarrier {
   uint64_t state;  // in shared memory
@@ -30,12 +43,8 @@ struct CopyBarrier {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(address()), "r"(bytes)
                  : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-        "l"(global), "r"(bytes), "r"(address())
-        : "memory");
 #endif
+    copy_bytes(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), global, bytes, address());
   }
 
   // Until the phase of this parity (0, 1, 0, ...) has ended.

@@ -40,18 +40,6 @@ __device__ __forceinline__ void copy_paired_box(uint32_t tile, const CUtensorMap
 #endif
 }
 
-// to <- `bytes`, a multiple of 16, between addresses that are such too.
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
-                                           const Mbarrier& barrier) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(shared_address(&barrier))
-      : "memory");
-#endif
-}
-
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& matrix) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&matrix) : "memory");
