@@ -88,6 +88,12 @@ class Checker {
   Checker(const char* op, const TensorView& first, const char* first_name)
       : op_(op), first_(first), first_name_(first_name) {}
 
+  // The arguments from here on are one of several of that name.
+  void within(const char* list, int64_t i) {
+    std::snprintf(of_, sizeof of_, "%s[%lld].", list, static_cast<long long>(i));
+  }
+  void within_none() { of_[0] = 0; }
+
   // The tensor that fixes dtype and device of the call.
   void first(const char* layout, const Shape& shape) {
     if (first_.rank >= 0 && !is_float(first_.dtype)) {
@@ -130,7 +136,7 @@ class Checker {
 
   void fail(const char* argument, const char* expected, const char* got) {
     if (!status_.ok()) return;
-    status_ = make_status(StatusCode::kInvalidArgument, "%s: %s: expected %s, got %s", op_,
+    status_ = make_status(StatusCode::kInvalidArgument, "%s: %s%s: expected %s, got %s", op_, of_,
                           argument, expected, got);
   }
 
@@ -174,6 +180,7 @@ class Checker {
   }
 
   const char* op_;
+  char of_[24] = "";  // what the arguments' names begin with
   const TensorView& first_;
   const char* first_name_;
   Status status_;

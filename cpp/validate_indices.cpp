@@ -1,4 +1,5 @@
 // Checks of index values and the making of messages.
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <memory>
@@ -79,7 +80,11 @@ Status validate_indices(const TaylorFeatureMapParams&) { return {}; }
 Status validate_indices(const SkinnyLinearParams&) { return {}; }
 
 Status validate_indices(const DecodeBlockParams& p) {
-  return check_slots("decode_block", p.state_indices, p.conv_state.size[0]);
+  int64_t slots = INT64_MAX;  // that every convolution has
+  for (int64_t i = 0; i < p.count; ++i) {
+    if (p.blocks[i].conv_state.rank >= 0) slots = std::min(slots, p.blocks[i].conv_state.size[0]);
+  }
+  return check_slots(p.op(), p.state_indices, slots);
 }
 
 Status validate_indices(const LinearAttentionParams& p) {

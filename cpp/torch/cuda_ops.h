@@ -24,6 +24,7 @@ inline constexpr std::array kCudaOps = {
     "sliding_window_attention_backward",
     "skinny_linear",
     "decode_block",
+    "decode_blocks",
 };
 template <>
 inline constexpr CudaOp<TaylorFeatureMapParams> kCudaOp<TaylorFeatureMapParams> = {

@@ -51,4 +51,10 @@ STABLE_TORCH_LIBRARY(based_ops, m) {
       "Tensor norm_weight, Tensor fc1, Tensor fc2, Tensor next_norm_weight, Tensor next_weight, "
       "Tensor? next_bias, Tensor(a!) counters, Tensor? conv_weight, Tensor(b!)? conv_state, "
       "Tensor? state_indices, float eps) -> (Tensor, Tensor)");
+  // Of each block: out_weight, norm_weight, fc1, fc2, next_norm_weight, next_weight; out_bias and
+  // next_bias. Convolutions: of all blocks, or of all but the last.
+  m.def(
+      "decode_blocks(Tensor mixed, Tensor x, Tensor[] weights, Tensor?[] biases, "
+      "Tensor(a!) counters, Tensor[] conv_weights, Tensor(b!)[] conv_states, "
+      "Tensor? state_indices, float eps) -> (Tensor, Tensor)");
 }

@@ -5,27 +5,39 @@
 
 namespace based::cuda {
 
-// This CTA, whose threads have met, has finished its tile of a stage: the others may read it.
-__device__ __forceinline__ void count_up(unsigned* counter) {
+// This CTA, whose threads have met, has finished a tile of stage s: the others may read it. The
+// counter is 0 again after the last stage, which nobody waits for.
+__device__ __forceinline__ void count_up(const BlockArgs& args, int s) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-#endif
-}
-
-// Until all CTAs have finished stage s.
-__device__ __forceinline__ void wait_for_stage(const BlockArgs& args, int s) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const BlockStage& stage = args.stages[s];
-  const int whole = stage.passes * gridDim.x;
-  const unsigned all = whole + (stage.tiles - whole) * stage.splits;
-  unsigned count = 0;
-  while (count < all) {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                 : "=r"(count)
-                 : "l"(args.counters + s)
+  if (s + 1 < args.stage_count) {
+    asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(args.counter), "r"(args.last)
+                 : "memory");
+  } else {
+    asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(args.counter), "r"(args.last)
                  : "memory");
   }
 #endif
+}
+
+// Until the CTAs have finished so many tiles. This CTA still has to finish one.
+__device__ __forceinline__ void wait_for_tiles(const BlockArgs& args, unsigned tiles) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (tiles == 0) return;
+  while (true) {
+    unsigned count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(count)
+                 : "l"(args.counter)
+                 : "memory");
+    if (count >= tiles) return;
+    __nanosleep(20);  // who counts up has to get through too
+  }
+#endif
+}
+
+// Whether this is the first pass of a stage whose product is scaled: it has all rows of the others.
+__device__ __forceinline__ bool needs_scales(const BlockStage& stage, const BlockWork& work) {
+  return stage.squares != nullptr && work.in_first_pass();
 }
 
 // One thread. No stage holds it up, but the ring's room and what is on its way: with more of that,
@@ -35,6 +47,7 @@ __device__ __forceinline__ void copy_weights(const BlockArgs& args, BlockShared<
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kSlots> place, awaited;
   int turn = 0;
+  for (int s = 0; s < args.stage_count; ++s) prefetch_tensor_map(args.stages[s].weight);
   for_each_tile(args, [&](int, const BlockStage& stage, const BlockWork& work) {
     for (int block = 0; block < work.count; ++block) {
       if (turn >= Shared::kSlots) shared.weights_empty[place.slot].wait(place.parity ^ 1);
@@ -62,9 +75,11 @@ template <int kRows>
 __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>& shared) {
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kXSlots> place;
-  int turn = 0, tiles = 0, ready = 0;
-  for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
-    for (; ready < s; ++ready) wait_for_stage(args, ready);
+  int turn = 0, tiles = 0;
+  for (int s = 0; s < args.stage_count; ++s) prefetch_tensor_map(args.stages[s].x);
+  for_each_tile(args, [&](int, const BlockStage& stage, const BlockWork& work) {
+    wait_for_tiles(args, stage.before);
+    if (needs_scales(stage, work)) shared.ready.arrive();
     if (tiles > 0) shared.finished.wait((tiles - 1) % 2);
     ++tiles;
     // Other threads wrote x, and used its ring for sums: the copy engine comes after them.
@@ -83,8 +98,8 @@ __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>
 // A warp asks for what the convolution keeps of the rows that this CTA finishes.
 template <int kRows>
 __device__ __forceinline__ void copy_states(const BlockArgs& args, BlockShared<kRows>& shared,
-                                            const BlockStage& stage, const BlockWork& work) {
-  const BlockConvolution& conv = args.convolution;
+                                            const BlockStage& stage, const BlockWork& work,
+                                            const BlockConvolution& conv) {
   const int channel = work.tile * kBlockTile / 2;
   const int bytes = min(kBlockTile / 2, stage.columns - channel) * (conv.taps - 1) *
                     static_cast<int>(sizeof(BlockElement));
@@ -110,11 +125,13 @@ __device__ __forceinline__ void copy_states(const BlockArgs& args, BlockShared<k
 template <int kRows>
 __device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShared<kRows>& shared) {
   constexpr int kAtOnce = 16;
-  int ready = 0;
+  int parity = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
-    if (stage.squares == nullptr || !work.in_first_pass()) return;  // it has all rows of the others
-    for (; ready < s; ++ready) wait_for_stage(args, ready);
-    if (stage.ending == BlockEnding::kConvolution) copy_states(args, shared, stage, work);
+    if (!needs_scales(stage, work)) return;
+    shared.ready.wait(parity);
+    parity ^= 1;
+    if (stage.ending == BlockEnding::kConvolution)
+      copy_states(args, shared, stage, work, args.convolutions[s / kBlockStages]);
     const int end = min(args.rows, work.end() * 8);
     for (int row = work.begin() * 8 + threadIdx.x % 32; row < end; row += 32) {
       float sum = 0.0f;
@@ -124,7 +141,7 @@ __device__ __forceinline__ void compute_scales(const BlockArgs& args, BlockShare
           if (t < stage.square_tiles) sum += __ldcg(stage.squares + t * kDecodeBlockMaxRows + row);
         }
       }
-      shared.scales[s / 2][row] = rsqrtf(sum / args.width + args.eps);
+      shared.scales[s / 2 % 2][row] = rsqrtf(sum / args.width + args.eps);
     }
     __syncwarp();
     asm volatile("barrier.arrive 1, 288;" ::: "memory");

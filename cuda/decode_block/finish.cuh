@@ -8,7 +8,7 @@
 // values and one of their gates.
 #pragma once
 
-#include "decode_block/stage.cuh"
+#include "decode_block/copies.cuh"
 #include "primitives/sigmoid.cuh"
 
 namespace based::cuda {
@@ -30,8 +30,8 @@ __device__ __forceinline__ void give_sums(const float (&sums)[kRows / 2],
   }
   fence_proxy_async();
   meet_computing();
-  const int other = static_cast<int>(threadIdx.x);
-  if (other < work.splits && other != work.part) {
+  const int other = threadIdx.x / 32;  // a warp's
+  if (threadIdx.x % 32 == 0 && other < work.splits && other != work.part) {
     const int begin = work.begin(other), count = work.begin(other + 1) - begin;
     using Shared = BlockShared<kRows>;
     if (count > 0) {
@@ -77,8 +77,8 @@ struct BlockConstants {
   // shorter one lacks at the front is 0.
   Pair factors[kDecodeBlockMaxTaps];
 
-  __device__ __forceinline__ BlockConstants(const BlockArgs& args, const BlockStage& stage,
-                                            const BlockWork& work) {
+  __device__ __forceinline__ BlockConstants(const BlockStage& stage, const BlockWork& work,
+                                            const BlockConvolution& conv) {
     const BlockPlace place(work, stage.gated());
     const int columns = (place.gated ? 2 : 1) * stage.columns;
 #pragma unroll
@@ -89,7 +89,6 @@ struct BlockConstants {
       factors[i] = load(stage.norm + column, 1, low && stage.norm, high && stage.norm);
     }
     if (stage.ending != BlockEnding::kConvolution) return;
-    const BlockConvolution& conv = args.convolution;
 #pragma unroll
     for (int i = 0; i < kDecodeBlockMaxTaps; ++i) {
       const int tap = i - (kDecodeBlockMaxTaps - conv.taps);
@@ -135,8 +134,10 @@ struct alignas(kKept == 2 ? 8 : 4) BlockKept {
 template <int kSplits, BlockEnding kEnding, int kKept, int kRows>
 __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const BlockArgs& args,
                                             const BlockStage& stage, const BlockWork& work,
+                                            const BlockConvolution& conv,
                                             const BlockConstants& constants,
-                                            const float (&scales)[kRows], int parity) {
+                                            const float (&scales)[kRows], int parity,
+                                            int states_parity) {
   using Shared = BlockShared<kRows>;
   constexpr int kBatch = 2;  // groups at a time; an odd last one is done twice
   constexpr bool kGated = kEnding != BlockEnding::kLinear;
@@ -144,7 +145,6 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
   const BlockPlace place(work, kGated);
   const bool scaled = stage.squares != nullptr, adds = !kGated && stage.norm != nullptr;
   const int begin = work.begin(), count = work.end() - begin;
-  const BlockConvolution& conv = args.convolution;
   // Of every warp and row.
   float* const warp_squares = reinterpret_cast<float*>(shared.own_place(work));
   const float4* sums[kSplits];  // of the spans
@@ -169,9 +169,9 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
   };
   if (adds && count > 0) load_residual(0);
   // With those who computed the scales.
-  if (scaled && work.in_first_pass()) asm volatile("barrier.sync 1, 288;" ::: "memory");
+  if (needs_scales(stage, work)) asm volatile("barrier.sync 1, 288;" ::: "memory");
   if (count > 0 && kSplits > 1) shared.sums_full.wait(parity);
-  if (kKept > 0) shared.states_full.wait(0);
+  if (kKept > 0) shared.states_full.wait(states_parity);
 #pragma unroll 1
   for (int first = 0; first < count; first += kBatch) {
     if (adds && first > 0) load_residual(first);

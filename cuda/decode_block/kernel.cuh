@@ -95,13 +95,14 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
   using Shared = BlockShared<kRows>;
   RingPlace<Shared::kSlots> weights;
   RingPlace<Shared::kXSlots> x;
-  int parity = 0;
+  int parity = 0, states_parity = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
     if (threadIdx.x == 0 && work.splits > 1) {
       shared.sums_full.expect((work.splits - 1) * (work.end() - work.begin()) *
                               Shared::kGroupBytes);
     }
-    const BlockConstants constants(args, stage, work);
+    const BlockConvolution& conv = args.convolutions[s / kBlockStages];
+    const BlockConstants constants(stage, work, conv);
     {
       float sums[kRows / 2];
       multiply(sums, shared, work.count, weights, x);
@@ -110,10 +111,11 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
     const auto finish = [&](auto splits) {
       const auto finish_by = [&](auto ending, auto kept) {
         finish_tile<decltype(splits)::value, decltype(ending)::value, decltype(kept)::value>(
-            shared, args, stage, work, constants, shared.scales[s / 2], parity);
+            shared, args, stage, work, conv, constants, shared.scales[s / 2 % 2], parity,
+            states_parity);
       };
       constexpr Constant<BlockEnding::kConvolution> convolution;
-      const int kept = args.convolution.taps - 1;
+      const int kept = conv.taps - 1;
       switch (stage.ending) {
         case BlockEnding::kLinear:
           return finish_by(Constant<BlockEnding::kLinear>{}, Constant<0>{});
@@ -130,8 +132,9 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
     if (work.splits == 2) finish(Constant<2>{});
     if (work.splits == 1) finish(Constant<1>{});
     if (work.splits > 1) parity ^= 1;
+    if (stage.ending == BlockEnding::kConvolution) states_parity ^= 1;
     if (threadIdx.x % 32 == 0) shared.finished.arrive();
-    if (threadIdx.x == 0) count_up(args.counters + s);
+    if (threadIdx.x == 0) count_up(args, s);
   });
 }
 
@@ -145,31 +148,27 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     let_next_kernel_start();
     if (threadIdx.x == 0) shared.init();
     __syncthreads();
-    cluster_arrive_relaxed();          // its barriers are there
-    if (warp == kBlockWeights / 32) {  // reads nothing that a kernel before writes
-      if (threadIdx.x == kBlockWeights) copy_weights(args, shared);
-      __syncwarp();
-      cluster_wait();
-    } else {
+    cluster_arrive_relaxed();  // its barriers are there
+    if (warp < kBlockComputing / 32) {
       cluster_wait();
       wait_for_earlier_kernels();
-      if (warp == kBlockX / 32) {
-        if (threadIdx.x == kBlockX) copy_x(args, shared);
+      compute(args, shared);
+    } else {
+      if (warp == kBlockWeights / 32) {  // reads nothing that a kernel before writes
+        if (threadIdx.x == kBlockWeights) copy_weights(args, shared);
         __syncwarp();
-      } else if (warp == kBlockScales / 32) {
-        compute_scales(args, shared);
+        cluster_wait();
       } else {
-        compute(args, shared);
+        cluster_wait();
+        wait_for_earlier_kernels();
+        if (threadIdx.x == kBlockX) copy_x(args, shared);
+        if (warp == kBlockScales / 32) compute_scales(args, shared);
+        __syncwarp();
       }
     }
     __syncthreads();
     cluster_arrive_relaxed();  // all sums that were sent from here have arrived
     cluster_wait();
-    // The last CTA leaves the counters as they were.
-    if (threadIdx.x == 0 &&
-        atomicAdd(args.counters + kDecodeBlockCounters - 1, 1) + 1 == gridDim.x) {
-      for (int i = 0; i < kDecodeBlockCounters; ++i) args.counters[i] = 0;
-    }
   }
 }
 

@@ -12,12 +12,10 @@
 namespace based::cuda {
 namespace {
 
-constexpr const char* kOp = "decode_block";
-
 // Of the stages.
 constexpr const char* kWeights[] = {"out_weight", "fc1", "fc2", "next_weight"};
-std::array<const TensorView*, kBlockStages> weights_of(const DecodeBlockParams& p) {
-  return {&p.out_weight, &p.fc1, &p.fc2, &p.next_weight};
+std::array<const TensorView*, kBlockStages> weights_of(const DecodeBlockWeights& block) {
+  return {&block.out_weight, &block.fc1, &block.fc2, &block.next_weight};
 }
 
 int tiles_of(int64_t columns, int tile) { return static_cast<int>((columns + tile - 1) / tile); }
@@ -39,17 +37,25 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// What the stages leave for each other.
+// What the stages leave for each other, the same place for every block: what it held was read two
+// stages ago.
 struct Between {
   BlockElement *normed, *activations, *next;  // (N, d), (N, m), (N, d)
+  BlockElement* mixed;                        // (N, C): of the next block
   float *squares, *next_squares;              // (tiles of d, kDecodeBlockMaxRows)
 
   Between(const DecodeBlockParams& p, Workspace& workspace) {
     const int64_t rows = p.x.size[0], width = p.x.size[1];
     const int64_t sums = tiles_of(width, kBlockTile) * kDecodeBlockMaxRows;
+    int64_t widest = 0, widest_mixed = 0;
+    for (int64_t i = 0; i < p.count; ++i) {
+      widest = std::max(widest, p.blocks[i].fc2.size[1]);
+      if (i > 0) widest_mixed = std::max(widest_mixed, p.blocks[i].out_weight.size[1]);
+    }
     normed = workspace.take<BlockElement>(rows * width);
-    activations = workspace.take<BlockElement>(rows * p.fc2.size[1]);
+    activations = workspace.take<BlockElement>(rows * widest);
     next = workspace.take<BlockElement>(rows * width);
+    mixed = workspace.take<BlockElement>(rows * widest_mixed);
     squares = workspace.take<float>(sums);
     next_squares = workspace.take<float>(sums);
   }
@@ -93,14 +99,50 @@ void add_to_residual(BlockStage& s, const TensorView& residual, const TensorView
   s.norm = pointer<const BlockElement>(norm), s.squares_out = squares;
 }
 
-BlockConvolution convolution(const DecodeBlockParams& p) {
+BlockConvolution convolution(const DecodeBlockWeights& block, const TensorView& indices) {
   BlockConvolution conv{};
-  conv.weight = pointer<const BlockElement>(p.conv_weight);
-  conv.state = pointer<BlockElement>(p.conv_state);
-  conv.weight_stride = p.conv_weight.stride[0], conv.state_stride = p.conv_state.stride[0];
-  conv.slots = p.conv_state.size[0], conv.indices = index_vector(p.state_indices);
-  conv.taps = static_cast<int>(p.conv_weight.size[1]);
+  conv.weight = pointer<const BlockElement>(block.conv_weight);
+  conv.state = pointer<BlockElement>(block.conv_state);
+  conv.weight_stride = block.conv_weight.stride[0];
+  conv.state_stride = block.conv_state.stride[0];
+  conv.slots = block.conv_state.size[0], conv.indices = index_vector(indices);
+  conv.taps = static_cast<int>(block.conv_weight.size[1]);
   return conv;
+}
+
+// The four stages of block i.
+cudaError_t set_block(BlockArgs& args, const DecodeBlockParams& p, int i, const Between& between,
+                      int clusters, int box_rows) {
+  const DecodeBlockWeights& block = p.blocks[i];
+  const bool first = i == 0, last = i + 1 == p.count, convolves = block.conv_weight.rank >= 0;
+  const int64_t rows = p.x.size[0], width = p.x.size[1];
+  const auto bf16 = [rows](BlockElement* data, int64_t columns) {
+    return contiguous_view(data, DType::kBFloat16, rows, columns);
+  };
+  const TensorView mixed = first ? p.mixed : bf16(between.mixed, block.out_weight.size[1]);
+  const TensorView normed = bf16(between.normed, width), next = bf16(between.next, width);
+  const TensorView activations = bf16(between.activations, block.fc2.size[1]);
+  const TensorView out = last ? p.out : bf16(between.mixed, block.conv_weight.size[0]);
+
+  BlockStage* const stages = args.stages + i * kBlockStages;
+  BlockStage &attend = stages[0], &up = stages[1], &down = stages[2], &project = stages[3];
+  if (convolves) args.convolutions[i] = convolution(block, p.state_indices);
+  cudaError_t error =
+      product(attend, mixed, block.out_weight, normed, BlockEnding::kLinear, clusters, box_rows);
+  add_to_residual(attend, first ? p.x : p.x_out, p.x_out, block.norm, between.squares);
+  attend.bias = pointer<const BlockElement>(block.out_bias);
+  if (error == cudaSuccess)
+    error = product(up, normed, block.fc1, activations, BlockEnding::kSwiglu, clusters, box_rows);
+  up.squares = between.squares, up.square_tiles = attend.tiles;
+  if (error == cudaSuccess)
+    error = product(down, activations, block.fc2, next, BlockEnding::kLinear, clusters, box_rows);
+  add_to_residual(down, p.x_out, p.x_out, block.next_norm, between.next_squares);
+  const BlockEnding ending = convolves ? BlockEnding::kConvolution : BlockEnding::kLinear;
+  if (error == cudaSuccess)
+    error = product(project, next, block.next_weight, out, ending, clusters, box_rows);
+  project.squares = between.next_squares, project.square_tiles = down.tiles;
+  project.bias = pointer<const BlockElement>(block.next_bias);
+  return error;
 }
 
 // Clusters that can run at the same time; asked for once.
@@ -135,55 +177,40 @@ Status launch(const DecodeBlockParams& p, const Between& between, Stream stream)
     return make_status(StatusCode::kUnsupported,
                        "%s: device: expected %d bytes of shared memory for each block of a "
                        "cluster of %d, got less",
-                       kOp, kBytes, kBlockCluster);
+                       p.op(), kBytes, kBlockCluster);
   }
-  const int64_t rows = p.x.size[0], width = p.x.size[1], inner = p.fc2.size[1];
-  const TensorView normed = contiguous_view(between.normed, DType::kBFloat16, rows, width);
-  const TensorView activations =
-      contiguous_view(between.activations, DType::kBFloat16, rows, inner);
-  const TensorView next = contiguous_view(between.next, DType::kBFloat16, rows, width);
-
   BlockArgs args{};
-  args.rows = static_cast<int>(rows), args.width = static_cast<int>(width);
+  args.rows = static_cast<int>(p.x.size[0]), args.width = static_cast<int>(p.x.size[1]);
   args.eps = static_cast<float>(p.eps);
-  args.counters = pointer<unsigned>(p.counters);
-  const bool convolves = p.conv_weight.rank >= 0;
-  if (convolves) args.convolution = convolution(p);
-  auto& [attend, up, down, project] = args.stages;
-  cudaError_t error =
-      product(attend, p.mixed, p.out_weight, normed, BlockEnding::kLinear, clusters, kRows);
-  add_to_residual(attend, p.x, p.x_out, p.norm, between.squares);
-  attend.bias = pointer<const BlockElement>(p.out_bias);
-  if (error == cudaSuccess)
-    error = product(up, normed, p.fc1, activations, BlockEnding::kSwiglu, clusters, kRows);
-  up.squares = between.squares, up.square_tiles = attend.tiles;
-  if (error == cudaSuccess)
-    error = product(down, activations, p.fc2, next, BlockEnding::kLinear, clusters, kRows);
-  add_to_residual(down, p.x_out, p.x_out, p.next_norm, between.next_squares);
-  if (error == cudaSuccess) {
-    error = product(project, next, p.next_weight, p.out,
-                    convolves ? BlockEnding::kConvolution : BlockEnding::kLinear, clusters, kRows);
-  }
-  project.squares = between.next_squares, project.square_tiles = down.tiles;
-  project.bias = pointer<const BlockElement>(p.next_bias);
-  if (error != cudaSuccess) {
-    return make_status(StatusCode::kCudaError, "%s: tensor map: expected success, got %s", kOp,
-                       cudaGetErrorString(error));
-  }
+  args.counter = pointer<unsigned>(p.counters);
+  args.stage_count = static_cast<int>(p.count) * kBlockStages;
   const int ctas = clusters * kBlockCluster;
-  for (int s = 0; s < kBlockStages; ++s) {
-    const TensorView& weight = *weights_of(p)[s];
-    const BlockStage& stage = args.stages[s];
+  unsigned finished = 0;
+  for (int s = 0; s < args.stage_count; ++s) {
+    const int block = s / kBlockStages;
+    if (s % kBlockStages == 0) {
+      const cudaError_t error = set_block(args, p, block, between, clusters, kRows);
+      if (error != cudaSuccess) {
+        return make_status(StatusCode::kCudaError, "%s: tensor map: expected success, got %s",
+                           p.op(), cudaGetErrorString(error));
+      }
+    }
+    BlockStage& stage = args.stages[s];
     const bool in_one_pass = stage.norm != nullptr || stage.ending == BlockEnding::kConvolution;
     if (in_one_pass && stage.tiles > ctas) {
+      const TensorView& weight = *weights_of(p.blocks[block])[s % kBlockStages];
       return make_status(StatusCode::kUnsupported, "%s: %s: expected at most %d rows, got %lld",
-                         kOp, kWeights[s], ctas * kBlockTile,
+                         p.op(), kWeights[s % kBlockStages], ctas * kBlockTile,
                          static_cast<long long>(weight.size[0]));
     }
+    const int whole = stage.passes * ctas;
+    stage.before = finished;
+    finished += whole + (stage.tiles - whole) * stage.splits;
   }
+  args.last = finished - 1;
   launch_clusters<BlockArgs>(kernel, clusters, kBlockCluster, kBlockThreads, kBytes, true,
                              static_cast<cudaStream_t>(stream), args);
-  return launch_status(kOp);
+  return launch_status(p.op());
 }
 
 }  // namespace
@@ -203,15 +230,15 @@ Status decode_block(const DecodeBlockParams& p, void* memory, Stream stream) {
     return make_status(
         StatusCode::kUnsupported,
         "%s: device: expected a GPU of compute capability 9.0 and a build for sm_90a, got another",
-        kOp);
+        p.op());
   }
-  for (int s = 0; s < kBlockStages; ++s) {
-    const TensorView& weight = *weights_of(p)[s];
+  for (int64_t s = 0; s < p.count * kBlockStages; ++s) {
+    const TensorView& weight = *weights_of(p.blocks[s / kBlockStages])[s % kBlockStages];
     const int64_t most = std::max(weight.size[0], weight.size[1]);
     if (most > 1 << 24) {
       return make_status(StatusCode::kUnsupported,
-                         "%s: %s: expected at most 2^24 rows and columns, got %lld", kOp,
-                         kWeights[s], static_cast<long long>(most));
+                         "%s: %s: expected at most 2^24 rows and columns, got %lld", p.op(),
+                         kWeights[s % kBlockStages], static_cast<long long>(most));
     }
   }
   Workspace workspace(memory);

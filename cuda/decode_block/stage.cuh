@@ -46,6 +46,7 @@ struct BlockStage {
   int tiles, blocks;      // of the weights: along M, and along K
   int passes;             // of whole tiles
   int splits;             // CTAs that share K in the last pass
+  unsigned before;        // what the counter says when all stages before are finished
   BlockEnding ending;
   const BlockElement* bias;  // of the product's columns, or null
   const float* squares;      // null, or of x: (tiles of the stage before, kDecodeBlockMaxRows)
@@ -72,14 +73,16 @@ struct BlockConvolution {
   int taps;
 };
 
-constexpr int kBlockStages = 4;
+constexpr int kBlockStages = 4;  // of a block
 
 struct BlockArgs {
-  BlockStage stages[kBlockStages];
-  BlockConvolution convolution;  // of the stage that ends so
-  int rows, width;               // of what is normed
+  BlockStage stages[kBlockStages * kDecodeMaxBlocks];
+  BlockConvolution convolutions[kDecodeMaxBlocks];  // of the blocks' last stages
+  int stage_count;
+  int rows, width;  // of what is normed
   float eps;
-  unsigned* counters;  // [s]: CTAs that have finished a tile of stage s; the last: the kernel
+  unsigned* counter;  // counts, for all CTAs, the tiles that they have finished
+  unsigned last;      // so many, and the next one makes it 0
 };
 
 enum BlockThreads { kBlockComputing = 256, kBlockWeights = 256, kBlockX = 288, kBlockScales = 320 };
@@ -135,9 +138,10 @@ struct BlockShared {
   Mbarrier weights_full[kSlots], weights_empty[kSlots];
   Mbarrier x_full[kXSlots], x_empty[kXSlots];
   Mbarrier sums_full, states_full;
+  Mbarrier ready;     // what the scales of a tile need
   Mbarrier finished;  // a tile
   // Of the rows that this CTA finishes:
-  float scales[2][kRows];  // 1 / root mean square, of stages 1 and 3
+  float scales[2][kRows];  // 1 / root mean square, of a block's stages 1 and 3
   int64_t slots[kRows];    // of the convolution's states; -1: skipped; kNone: there is no such slot
   static constexpr int64_t kNone = -2;
 
@@ -168,6 +172,7 @@ struct BlockShared {
     for (Mbarrier& barrier : x_empty) barrier.init(8);
     sums_full.init(1);
     states_full.init(32);
+    ready.init(1);
     finished.init(8);
     fence_barrier_init();
   }
@@ -187,7 +192,7 @@ struct RingPlace {
 template <class Fn>
 __device__ __forceinline__ void for_each_tile(const BlockArgs& args, const Fn& fn) {
 #pragma unroll 1
-  for (int s = 0; s < kBlockStages; ++s) {
+  for (int s = 0; s < args.stage_count; ++s) {
 #pragma unroll 1
     for (int pass = 0; pass <= args.stages[s].passes; ++pass) {
       const BlockWork work(args, s, pass);

@@ -3,10 +3,10 @@ the projections behind them, with the short convolution that follows some of the
 
 Plain torch on the CPU. On a GPU the elementwise parts are compiled by torch.compile. Where reading
 the weights is all there is to do, the products are kernels of our own: on Hopper, for up to 128
-rows in bf16, based_ops.decode_block, which is all that lies between two mixers, or between the last
-one and the logits; for what it leaves, with a single row gemv.py, which has the elementwise parts
-in it, and on Hopper, for 2 to 64 rows, based_ops.skinny_linear behind norm.py. For more rows,
-cuBLAS is as fast.
+rows in bf16, based_ops.decode_blocks, which is all that lies between two mixers that attend, or
+between the last one and the logits; for what it leaves, with a single row gemv.py, which has the
+elementwise parts in it, and on Hopper, for 2 to 64 rows, based_ops.skinny_linear behind norm.py.
+For more rows, cuBLAS is as fast.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from based_ops import build_info, decode_block, short_conv_decode, skinny_linear
+from based_ops import (
+    DecodeBlock,
+    build_info,
+    decode_blocks,
+    short_conv_decode,
+    skinny_linear,
+)
 
-BLOCK_ROWS = range(1, 129)  # that decode_block is asked for
+BLOCK_ROWS = range(1, 129)  # that decode_blocks is asked for
+BLOCKS = 6  # that it takes at most
 # Of x, and of a product before a convolution; it takes 1024 for every 8 SMs of one cluster.
 BLOCK_COLUMNS = 12288
 BLOCK_TAPS = range(2, 5)  # of a convolution that it takes along
@@ -177,50 +184,74 @@ def _convolved(products: Sequence[Tensor], conv: ShortConv | None) -> Sequence[T
     return (short_conv_decode(u, weight, state, **options),)
 
 
-def block_tail(
-    x: Tensor,
-    mixed: Tensor,
-    out_proj: nn.Linear,
-    norm: nn.Module,
-    fc1: Tensor,
-    fc2: Tensor,
-    following: Projection,
-    counters: Tensor,
-) -> tuple[Tensor, ...]:
-    """From one mixer of a decode step to the next: (x, what following makes of it, ...).
+class Tail(NamedTuple):
+    """What lies behind the mixer of a layer in a decode step, up to the next one."""
 
-    x (N,d) += out_proj(mixed (N,K)); x += swiglu(its RMSNorm times fc1^T) times fc2^T; and then
-    project(). Both norms have the same eps. counters: see based_ops.decode_block.
+    out_proj: nn.Linear
+    norm: nn.Module  # both norms have the same eps
+    fc1: Tensor
+    fc2: Tensor
+    following: Projection
+
+
+def block_tails(
+    x: Tensor, mixed: Tensor, tails: Sequence[Tail], counters: Tensor
+) -> tuple[Tensor, ...]:
+    """From one mixer of a decode step to the next: (x, what the last projection makes of it, ...).
+
+    For each of tails, x (N,d) += out_proj(mixed (N,K)); x += swiglu(its RMSNorm times fc1^T) times
+    fc2^T; and then project(). All but the last end in a convolution, which is the next one's mixed.
+    counters: see based_ops.decode_block.
     """
-    weights, conv = following.weights, following.conv
-    joined = weights[0] if len(weights) == 1 else _joined(weights)
-    if joined is not None and _one_kernel(x, mixed, out_proj.weight, fc1, fc2, joined):
-        with_conv = conv is not None and _in_block(conv)
-        x, out = decode_block(
-            mixed,
-            x,
-            out_proj.weight,
-            norm.weight,
-            fc1,
-            fc2,
-            following.norm.weight,
-            joined,
-            counters,
-            out_bias=out_proj.bias,
-            next_bias=following.bias,
-            eps=norm.eps,
-            **(conv._asdict() if with_conv else {}),
+    while tails:
+        blocks = _blocks(x, mixed, tails)
+        out_proj, norm, fc1, fc2, following = tails[max(len(blocks), 1) - 1]
+        if blocks:
+            convolves = [block.conv_weight is not None for block in blocks]
+            indices = tails[0].following.conv.state_indices if any(convolves) else None
+            options = {"eps": norm.eps, "state_indices": indices}
+            x, out = decode_blocks(mixed, x, blocks, counters, **options)
+            if convolves[-1]:
+                h = (out,)
+            else:
+                parts = out.split([len(weight) for weight in following.weights], -1)
+                h = _convolved(parts, following.conv)
+        else:
+            update = linear(mixed, out_proj.weight, out_proj.bias)
+            x, update = norm_mlp(x, update, norm, fc1, fc2)
+            x, *h = project(x, update, following)
+        mixed, tails = h[0], tails[max(len(blocks), 1) :]
+    return x, *h
+
+
+def _blocks(x: Tensor, mixed: Tensor, tails: Sequence[Tail]) -> list[DecodeBlock]:
+    """As many of tails as decode_blocks takes at once."""
+    blocks = []
+    for out_proj, norm, fc1, fc2, (next_norm, weights, bias, conv) in tails[:BLOCKS]:
+        joined = weights[0] if len(weights) == 1 else _joined(weights)
+        if joined is None or not _one_kernel(x, mixed, out_proj.weight, fc1, fc2, joined):
+            break
+        taken = conv is not None and _in_block(conv)
+        blocks.append(
+            DecodeBlock(
+                out_proj.weight,
+                norm.weight,
+                fc1,
+                fc2,
+                next_norm.weight,
+                joined,
+                out_proj.bias,
+                bias,
+                *(conv[:2] if taken else ()),
+            )
         )
-        if with_conv:
-            return x, out
-        return x, *_convolved(out.split([len(weight) for weight in weights], -1), conv)
-    update = linear(mixed, out_proj.weight, out_proj.bias)
-    x, update = norm_mlp(x, update, norm, fc1, fc2)
-    return project(x, update, following)
+        if not taken:
+            break
+    return blocks
 
 
 def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
-    """Whether decode_block takes the products of these: mixed and the weights."""
+    """Whether decode_blocks takes the products of these: mixed and the weights."""
     return (
         _decodes(x)
         and len(x) in BLOCK_ROWS
@@ -232,7 +263,7 @@ def _one_kernel(x: Tensor, *factors: Tensor) -> bool:
 
 
 def _in_block(conv: ShortConv) -> bool:
-    """Whether decode_block takes this convolution along with its last product."""
+    """Whether decode_blocks takes this convolution along with the product before it."""
     (channels, taps), state = conv.conv_weight.shape, conv.conv_state
     return (
         taps in BLOCK_TAPS
@@ -300,6 +331,6 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _runs_wgmma(device: torch.device) -> bool:
-    """Whether a GPU has kernels of skinny_linear and decode_block in this build."""
+    """Whether a GPU has kernels of skinny_linear and decode_blocks in this build."""
     capability = torch.cuda.get_device_capability(device)
     return capability == (9, 0) and "90a" in build_info()["cuda_architectures"]

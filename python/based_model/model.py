@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from based_model.config import ModelConfig
 from based_model.fused import (
     Projection,
+    Tail,
     add_norm,
-    block_tail,
+    block_tails,
     embed,
     project,
     rms_norm,
@@ -121,10 +122,10 @@ class Block(nn.Module):
         x, h = self.norm2.after(x, mixed)
         return x, self.mlp(h), state
 
-    def decode_tail(self, x: Tensor, mixed: Tensor, following: Projection, counters: Tensor):
-        """What comes behind mixer.decode(): (x, what following makes of it, ...)."""
-        fc1, fc2, out_proj = self.mlp.fc1.weight, self.mlp.fc2.weight, self.mixer.out_proj
-        return block_tail(x, mixed, out_proj, self.norm2, fc1, fc2, following, counters)
+    def tail(self, following: Projection) -> Tail:
+        """What comes behind mixer.decode(), and what the next layer begins with."""
+        mlp = self.mlp
+        return Tail(self.mixer.out_proj, self.norm2, mlp.fc1.weight, mlp.fc2.weight, following)
 
 
 class Based(nn.Module):
@@ -271,9 +272,14 @@ class Based(nn.Module):
         span = Span(positions, positions, rotary, slots=slots, fill=state.fill, indices=indices)
         first, *following = self._projections(state.layers, indices)
         x, *h = project(self._embed(tokens), None, first)
+        tails = []
         for i, layer in enumerate(self.layers):
-            mixed, state.layers[i] = layer.mixer.decode(h, state.layers[i], span)
-            x, *h = layer.decode_tail(x, mixed, following[i], state.counters)
+            if not tails:
+                mixed, state.layers[i] = layer.mixer.decode(h, state.layers[i], span)
+            tails.append(layer.tail(following[i]))
+            if following[i].conv is None:  # which would be all of the next mixer
+                x, *h = block_tails(x, mixed, tails, state.counters)
+                tails = []
         state.positions += 1
         if state.fill is not None:
             state.fill.add_(1).remainder_(state.capacity)

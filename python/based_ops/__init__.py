@@ -28,12 +28,14 @@ from based_ops.ops import (
     sliding_window_decode,
     taylor_feature_map,
 )
-from based_ops.products import decode_block, skinny_linear
+from based_ops.products import DecodeBlock, decode_block, decode_blocks, skinny_linear
 
 __version__ = _C.build_info()["version"]
 __all__ = [
+    "DecodeBlock",
     "build_info",
     "decode_block",
+    "decode_blocks",
     "linear_attention",
     "linear_attention_decode",
     "linear_attention_decode_deferred",

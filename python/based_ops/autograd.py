@@ -162,6 +162,13 @@ def _(
     return _like(x), mixed.new_empty(x.shape[0], columns)
 
 
+@register_fake("based_ops::decode_blocks")
+def _(mixed, x, weights, biases, counters, conv_weights, conv_states, state_indices, eps):
+    convolves = len(weights) == 6 * len(conv_weights)
+    columns = weights[-1].shape[0] // (2 if convolves else 1)
+    return _like(x), mixed.new_empty(x.shape[0], columns)
+
+
 # ---- gradients ---------------------------------------------------------------------------------
 
 
@@ -237,6 +244,7 @@ calls = {
         "short_conv_decode",
         "skinny_linear",
         "decode_block",
+        "decode_blocks",
     )
 }
 for _op, _backward, _setup in (

@@ -3,6 +3,9 @@
 N rows, K and d widths, M columns of the product, m width of the MLP.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from based_ops.arguments import autocast, forbid_grad
@@ -136,6 +139,77 @@ def decode_block(
         counters,
         conv_weight,
         conv_state,
+        state_indices,
+        eps,
+    )
+
+
+class DecodeBlock(NamedTuple):
+    """One of `decode_blocks`: arguments of `decode_block`, and shaped like these."""
+
+    out_weight: Tensor  # (d, K)
+    norm_weight: Tensor  # (d,)
+    fc1: Tensor  # (2 m, d)
+    fc2: Tensor  # (d, m)
+    next_norm_weight: Tensor  # (d,)
+    next_weight: Tensor  # (M, d)
+    out_bias: Tensor | None = None  # (d,)
+    next_bias: Tensor | None = None  # (M,)
+    conv_weight: Tensor | None = None  # (C, taps)
+    conv_state: Tensor | None = None  # (slots, C, taps-1)
+
+
+def decode_blocks(
+    mixed: Tensor,
+    x: Tensor,
+    blocks: Sequence[DecodeBlock],
+    counters: Tensor,
+    *,
+    eps: float = 1e-5,
+    state_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Layers between which there is nothing but a short convolution, for the few rows of a decode
+    step: `decode_block` for one after the other, bit for bit, as one kernel.
+
+    Each but the last has a convolution, and what that gives is the next one's mixed. So weights
+    stream on from block to block.
+
+    Args:
+        mixed: (N, K), bfloat16, N <= 128: what the first token mixer gave.
+        x: (N, d), float32: the residual stream.
+        blocks: 1 to 6 of them. m, K, C and taps can be another's in each; d is x's.
+        counters, eps: as in `decode_block`.
+        state_indices: (N,), slot of each row, for all convolutions. A row of -1 has zeros for mixed
+            behind the first one.
+
+    Returns:
+        (x (N, d) float32, out of the last block), fresh tensors.
+
+    Raises:
+        RuntimeError: as `decode_block`, or on another number of blocks or a block that ends without
+            a convolution and is not the last.
+    """
+    op = "decode_blocks"
+    for i, block in enumerate(blocks):
+        forbid_grad(op, **{f"blocks[{i}].{name}": y for name, y in block._asdict().items()})
+    forbid_grad(op, mixed=mixed, x=x)
+    (mixed,) = autocast(mixed)
+    for i, block in enumerate(blocks):
+        given = [y is not None for y in (block.conv_weight, block.conv_state)]
+        if not all(given) and (any(given) or i + 1 < len(blocks)):
+            raise RuntimeError(
+                f"{op}: blocks[{i}]: expected conv_weight and conv_state, or neither in the last "
+                f"block, got {sum(given)} of them"
+            )
+    convolving = [block for block in blocks if block.conv_weight is not None]
+    return calls[op](
+        mixed,
+        x,
+        [weight for block in blocks for weight in block[:6]],
+        [bias for block in blocks for bias in block[6:8]],
+        counters,
+        [block.conv_weight for block in convolving],
+        [block.conv_state for block in convolving],
         state_indices,
         eps,
     )

@@ -148,6 +148,15 @@ def decode_block(
     return x, out
 
 
+def decode_blocks(mixed, x, blocks, counters, *, eps=1e-5, state_indices=None):
+    """One after the other."""
+    for block in blocks:
+        indices = None if block.conv_weight is None else state_indices
+        options = block._asdict() | {"counters": counters, "eps": eps, "state_indices": indices}
+        x, mixed = decode_block(mixed, x, **options)
+    return x, mixed
+
+
 def linear_attention_rows(q, k, v, rows):
     """out (R, V) of one head at R of its tokens: q (R, D) of these, k (T, D), v (T, V) of all."""
     q, k, v = q.double(), k.double(), v.double()

@@ -161,6 +161,19 @@ def decode_block():
         based_ops.decode_block(mixed, x, *weights, counters, **options)
         indices[rows // 2], indices[-1] = -1, 10**9
         based_ops.decode_block(mixed, x, *weights, counters, **options)
+    for rows, d, taps in ((1, 8, 2), (9, 64, 4), (33, 16, 3)):
+        state = draw(2, rows, 2 * d, taps - 1, dtype=BF16)
+        blocks = [
+            based_ops.DecodeBlock(
+                *(draw(*shape, dtype=BF16) for shape in ((d, k), (d,), (32, d), (d, 16), (d,))),
+                next_weight=draw(4 * d, d, dtype=BF16),
+                conv_weight=draw(2 * d, taps, dtype=BF16),
+                conv_state=state[i],
+            )
+            for i, k in enumerate((8, 2 * d))
+        ]
+        mixed, x = draw(rows, 8, dtype=BF16), draw(rows, d, dtype=F32)
+        based_ops.decode_blocks(mixed, x, blocks, counters)
 
 
 CASES = [

@@ -345,9 +345,9 @@ def test_the_whole_model_decodes_with_it(rows, joined, monkeypatch):
     tokens = torch.randint(SMALL.vocab_size, (rows, 30), device="cuda")
     taken = []
 
-    def spy(*args, **options):
-        taken.append(args[8])
-        return based_ops.decode_block(*args, **options)
+    def spy(mixed, x, blocks, counters, **options):
+        taken.extend([counters] * len(blocks))
+        return based_ops.decode_blocks(mixed, x, blocks, counters, **options)
 
     def decoded(model):
         _, state = model.prefill(tokens[:, :6])
@@ -355,7 +355,7 @@ def test_the_whole_model_decodes_with_it(rows, joined, monkeypatch):
         assert not state.counters.any()
         return torch.stack(logits), state
 
-    monkeypatch.setattr(fused, "decode_block", spy)
+    monkeypatch.setattr(fused, "decode_blocks", spy)
     monkeypatch.setattr(fused, "BLOCK_ROWS", range(1, 129))
     exact, _ = decoded(exact_model)
     assert not taken

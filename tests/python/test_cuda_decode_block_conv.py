@@ -345,9 +345,9 @@ def test_the_whole_model_decodes_with_it(rows, width, monkeypatch):
     indices[1::3] = -1
     live, along = indices >= 0, []
 
-    def spy(*args, **options):
-        along.append("conv_weight" in options)
-        return based_ops.decode_block(*args, **options)
+    def spy(mixed, x, blocks, counters, **options):
+        along.extend(block.conv_weight is not None for block in blocks)
+        return based_ops.decode_blocks(mixed, x, blocks, counters, **options)
 
     def decoded(model):
         _, state = model.prefill(tokens[:, :6])
@@ -358,7 +358,7 @@ def test_the_whole_model_decodes_with_it(rows, width, monkeypatch):
         assert not state.counters.any()
         return torch.stack(logits)[:, live]
 
-    monkeypatch.setattr(fused, "decode_block", spy)
+    monkeypatch.setattr(fused, "decode_blocks", spy)
     exact = decoded(exact_model)
     assert not along
     ours = decoded(model)

@@ -255,18 +255,18 @@ def test_what_the_model_asks_for(joined, taken, monkeypatch):
     copy, asked, along = state.clone(), [], []
     plain = [model.decode(tokens[:, t], state) for t in range(4, 12)]
 
-    def spy(*args, **options):
-        asked.append(args[8])
-        along.append("conv_weight" in options)
-        return oracle.decode_block(*args, **options)
+    def spy(mixed, x, blocks, counters, **options):
+        asked.append(counters)
+        along.extend(block.conv_weight is not None for block in blocks)
+        return oracle.decode_blocks(mixed, x, blocks, counters, **options)
 
-    monkeypatch.setattr(fused, "decode_block", spy)
+    monkeypatch.setattr(fused, "decode_blocks", spy)
     monkeypatch.setattr(fused, "_one_kernel", lambda x, *factors: True)
     monkeypatch.setattr(fused, "_in_block", lambda conv: taken)
     for t in range(4, 12):
         assert error(model.decode(tokens[:, t], copy), plain[t - 4]) <= 1e-12
-    assert len(asked) == 8 * (6 if joined else 4) and all(x is copy.counters for x in asked)
-    assert sum(along) == (8 if taken else 0)
+    assert len(along) == 8 * (6 if joined else 4) and sum(along) == (8 if taken else 0)
+    assert len(asked) == len(along) - sum(along) and all(x is copy.counters for x in asked)
     for ours, theirs in zip(sum(copy.layers, ()), sum(state.layers, ()), strict=True):
         assert error(ours, theirs) <= 1e-12
 

@@ -168,10 +168,9 @@ struct SkinnyLinearParams {
 constexpr int64_t kDecodeBlockMaxRows = 128;
 constexpr int64_t kDecodeBlockCounters = 8;
 constexpr int64_t kDecodeBlockMaxTaps = 4;
-struct DecodeBlockParams {
-  TensorView mixed;  // (N, K), N <= 128; rows of it and of weights start at multiples of 16 bytes
-  TensorView x;      // (N, d) float32
-  TensorView out_weight;   // (d, K)
+constexpr int64_t kDecodeMaxBlocks = 6;
+struct DecodeBlockWeights {
+  TensorView out_weight;   // (d, K); rows of the four matrices start at multiples of 16 bytes
   TensorView out_bias;     // optional (d,)
   TensorView norm;         // (d,)
   TensorView fc1;          // (2m, d): rows of values, then those of gates
@@ -179,13 +178,23 @@ struct DecodeBlockParams {
   TensorView next_norm;    // (d,)
   TensorView next_weight;  // (M, d)
   TensorView next_bias;    // optional (M,)
+  TensorView conv_weight;  // optional (C, taps), 2..4 taps, M = 2C: rows of u, then of gates
+  TensorView conv_state;   // (slots, C, taps-1), updated in place; every slot contiguous
+};
+// Several blocks, one after the other, if a convolution is all that lies between two: each but the
+// last has one, and what it gives is the next one's mixed.
+struct DecodeBlockParams {
+  TensorView mixed;  // (N, K), N <= 128; rows start at multiples of 16 bytes
+  TensorView x;      // (N, d) float32
+  DecodeBlockWeights blocks[kDecodeMaxBlocks];
+  int64_t count = 1;    // of blocks
   TensorView counters;  // (8,) int32, zero before and after; not shared by calls that may overlap
-  TensorView conv_weight;    // optional (C, taps), 2..4 taps, M = 2C: rows of u, then of gates
-  TensorView conv_state;     // (slots, C, taps-1), updated in place; every slot contiguous
-  TensorView state_indices;  // optional (N,)
+  TensorView state_indices;  // optional (N,), of all convolutions
   TensorView x_out;          // (N, d) float32
-  TensorView out;            // (N, M), or (N, C)
+  TensorView out;            // of the last block: (N, M), or (N, C)
   double eps = 1e-5;
+
+  const char* op() const { return count == 1 ? "decode_block" : "decode_blocks"; }
 };
 
 }  // namespace based
