@@ -79,9 +79,9 @@ __device__ __forceinline__ void copy_x(const BlockArgs& args, BlockShared<kRows>
   for (int s = 0; s < args.stage_count; ++s) prefetch_tensor_map(args.stages[s].x);
   for_each_tile(args, [&](int, const BlockStage& stage, const BlockWork& work) {
     wait_for_tiles(args, stage.before);
-    if (needs_scales(stage, work)) shared.ready.arrive();
     if (tiles > 0) shared.finished.wait((tiles - 1) % 2);
     ++tiles;
+    if (needs_scales(stage, work)) shared.ready.arrive();
     // Other threads wrote x, and used its ring for sums: the copy engine comes after them.
     asm volatile("fence.proxy.async.global;\n fence.proxy.async.shared::cta;" ::: "memory");
     for (int block = 0; block < work.count; ++block) {

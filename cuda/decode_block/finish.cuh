@@ -30,15 +30,15 @@ __device__ __forceinline__ void give_sums(const float (&sums)[kRows / 2],
   }
   fence_proxy_async();
   meet_computing();
-  const int other = threadIdx.x / 32;  // a warp's
-  if (threadIdx.x % 32 == 0 && other < work.splits && other != work.part) {
-    const int begin = work.begin(other), count = work.begin(other + 1) - begin;
-    using Shared = BlockShared<kRows>;
-    if (count > 0) {
-      copy_to_rank(shared_address(shared.sums) + work.part * count * Shared::kGroupBytes,
-                   shared_address(shared.x) + begin * Shared::kGroupBytes,
-                   count * Shared::kGroupBytes, shared.sums_full, work.leader() + other);
-    }
+  // A batch for each warp: of eight spans one each, of two up to four.
+  using Shared = BlockShared<kRows>;
+  const int other = threadIdx.x / 32 % work.splits, batch = threadIdx.x / 32 / work.splits;
+  const int count = work.in_batch(other, batch), first = batch * kBlockBatch;
+  if (threadIdx.x % 32 == 0 && other != work.part && count > 0) {
+    const int begin = work.begin(other), all = work.begin(other + 1) - begin;
+    copy_to_rank(shared_address(shared.sums) + (work.part * all + first) * Shared::kGroupBytes,
+                 shared_address(shared.x) + (begin + first) * Shared::kGroupBytes,
+                 count * Shared::kGroupBytes, shared.sums_full[batch], work.leader() + other);
   }
 }
 
@@ -139,7 +139,7 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
                                             const float (&scales)[kRows], int parity,
                                             int states_parity) {
   using Shared = BlockShared<kRows>;
-  constexpr int kBatch = 2;  // groups at a time; an odd last one is done twice
+  constexpr int kBatch = kBlockBatch;  // an odd last group is done twice
   constexpr bool kGated = kEnding != BlockEnding::kLinear;
   constexpr int kPairs = kGated ? 1 : 2;  // of out
   const BlockPlace place(work, kGated);
@@ -170,11 +170,11 @@ __device__ __forceinline__ void finish_tile(BlockShared<kRows>& shared, const Bl
   if (adds && count > 0) load_residual(0);
   // With those who computed the scales.
   if (needs_scales(stage, work)) asm volatile("barrier.sync 1, 288;" ::: "memory");
-  if (count > 0 && kSplits > 1) shared.sums_full.wait(parity);
   if (kKept > 0) shared.states_full.wait(states_parity);
 #pragma unroll 1
   for (int first = 0; first < count; first += kBatch) {
     if (adds && first > 0) load_residual(first);
+    if (kSplits > 1) shared.sums_full[first / kBatch].wait(parity);
     // What is none of out is computed too, and not stored: 0 in columns, anything in rows.
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {

@@ -98,8 +98,10 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
   int parity = 0, states_parity = 0;
   for_each_tile(args, [&](int s, const BlockStage& stage, const BlockWork& work) {
     if (threadIdx.x == 0 && work.splits > 1) {
-      shared.sums_full.expect((work.splits - 1) * (work.end() - work.begin()) *
-                              Shared::kGroupBytes);
+      for (int batch = 0; batch < Shared::kBatches; ++batch) {
+        const int groups = work.in_batch(work.part, batch);
+        shared.sums_full[batch].expect((work.splits - 1) * groups * Shared::kGroupBytes);
+      }
     }
     const BlockConvolution& conv = args.convolutions[s / kBlockStages];
     const BlockConstants constants(stage, work, conv);
@@ -133,7 +135,7 @@ __device__ __forceinline__ void compute(const BlockArgs& args, BlockShared<kRows
     if (work.splits == 1) finish(Constant<1>{});
     if (work.splits > 1) parity ^= 1;
     if (stage.ending == BlockEnding::kConvolution) states_parity ^= 1;
-    if (threadIdx.x % 32 == 0) shared.finished.arrive();
+    shared.finished.arrive();  // all threads
     if (threadIdx.x == 0) count_up(args, s);
   });
 }

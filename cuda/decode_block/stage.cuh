@@ -113,6 +113,10 @@ struct BlockWork {
   // The first and the end of those that a part finishes.
   __device__ __forceinline__ int begin(int part) const { return share_begin(part, groups()); }
   __device__ __forceinline__ int begin() const { return begin(part); }
+  // Groups in a part's batch.
+  __device__ __forceinline__ int in_batch(int part, int batch) const {
+    return max(0, min(kBlockBatch, begin(part + 1) - begin(part) - batch * kBlockBatch));
+  }
   __device__ __forceinline__ int end() const { return begin(part + 1); }
   __device__ __forceinline__ bool in_first_pass() const { return tile < int(gridDim.x); }
   // The cluster's rank of part 0.
@@ -125,6 +129,8 @@ struct BlockShared {
   static constexpr int kHeld = block_held(kRows);
   static constexpr int kXSlots = block_x_slots(kRows), kXBytes = kRows * 128;
   static constexpr int kWeightBytes = kBlockTile * 128;
+  // Of groups, in one of two shares.
+  static constexpr int kBatches = ((kRows / 8 + 1) / 2 + kBlockBatch - 1) / kBlockBatch;
   // Of eight rows, a float4 of every computing thread; at most so many of so many CTAs.
   static constexpr int kGroupBytes = 16 * kBlockComputing;
   static constexpr int kSumsBytes =
@@ -137,7 +143,7 @@ struct BlockShared {
   alignas(16) char sums[kSumsBytes];
   Mbarrier weights_full[kSlots], weights_empty[kSlots];
   Mbarrier x_full[kXSlots], x_empty[kXSlots];
-  Mbarrier sums_full, states_full;
+  Mbarrier sums_full[kBatches], states_full;
   Mbarrier ready;     // what the scales of a tile need
   Mbarrier finished;  // a tile
   // Of the rows that this CTA finishes:
@@ -170,10 +176,10 @@ struct BlockShared {
     for (Mbarrier& barrier : x_full) barrier.init(1);
     for (Mbarrier& barrier : weights_empty) barrier.init(8);  // warps that read
     for (Mbarrier& barrier : x_empty) barrier.init(8);
-    sums_full.init(1);
+    for (Mbarrier& barrier : sums_full) barrier.init(1);
     states_full.init(32);
     ready.init(1);
-    finished.init(8);
+    finished.init(kBlockComputing);
     fence_barrier_init();
   }
 };

@@ -9,6 +9,7 @@ constexpr int kBlockCluster = 8;     // CTAs that can share K
 constexpr int kBlockClusters = 16;   // at most
 constexpr int kBlockOnTheirWay = 3;  // copies of weights that a CTA has asked for
 constexpr int kBlockBarrierBytes = 2560;
+constexpr int kBlockBatch = 2;  // groups of eight rows that are sent and finished at a time
 
 // Blocks of weights that the threads' registers hold.
 constexpr int block_held(int rows) { return rows <= 64 ? 4 : 3; }

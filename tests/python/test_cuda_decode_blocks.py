@@ -126,7 +126,7 @@ def test_checked_slots():
     """With checks on, a slot that one of the pools does not have is named."""
     mixed, x, blocks, slots = chain(4, SMALL)
     blocks[1] = blocks[1]._replace(conv_state=blocks[1].conv_state[:5])
-    slots[2] = 5
+    slots = torch.tensor([0, 1, 5, 2], device="cuda")
     before = based_ops.set_checks(True)
     try:
         with pytest.raises(
