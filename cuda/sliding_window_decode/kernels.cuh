@@ -2,12 +2,12 @@
 //   out = softmax_s(scale <q, k_s>) v_s over the keys of the row's ring, this token's included
 //
 // Memory-bound: the ring of a head, 2 (W, V), is read once. One block per (row, head). kLanes lanes
-// hold one key, each kChunks vectors of kVec elements of it; every such group of lanes walks its
-// share of the keys, kStages of them on their way to shared memory. A group keeps its own running
-// maximum, sum and output; they meet at the end. Scores, weights and sums are fp32.
+// hold one key, each kChunks vectors of kVec elements of it; every such group of lanes takes kKeys
+// keys and values at a time into registers, all on their way before the first is needed: as few
+// instructions as possible come before them. A warp keeps a running maximum, a group its sum and
+// output; they meet at the end. Scores, weights and sums are fp32.
 #pragma once
 
-#include "primitives/cp_async.cuh"
 #include "primitives/decode_row.cuh"
 #include "primitives/early_launch.cuh"
 #include "primitives/element.cuh"
@@ -30,57 +30,35 @@ struct WindowDecodeArgs {
   float scale;
 };
 
-// Element i of x (V,), rotated: dim j < R by the angle j with dim j + R. Rounded to Element, as it
-// would be by a rotation before the call.
-template <class Element>
-__device__ __forceinline__ float rotated(const Element* gX, int i, const float* cos,
-                                         const float* sin, int R) {
-  const float x = to_float(gX[i]);
-  if (i >= 2 * R) return x;
-  const int j = i < R ? i : i - R;
-  const float other = to_float(gX[i < R ? i + R : j]);
-  const float y = i < R ? x * cos[j] - other * sin[j] : x * cos[j] + other * sin[j];
-  return to_float(from_float<Element>(y));
+// A part of a row of the ring, which is read once: the first to leave the caches.
+template <int kVec, class Element>
+__device__ __forceinline__ Vector<Element, kVec> load_once(const Element* from) {
+  if constexpr (sizeof(Element) * kVec == 16) {
+    const uint4 x = __ldcs(reinterpret_cast<const uint4*>(from));
+    return {{x.x, x.y, x.z, x.w}};
+  } else {
+    return load_vector<kVec>(from);
+  }
 }
 
-// A softmax over some keys so far: weights relative to exp(max), their sum, the weighted values.
-template <int kSize>
-struct Partial {
-  float max = kLowest, sum = 0, out[kSize] = {};
-  static constexpr float kLowest = -3.402823466e38f;
-
-  __device__ __forceinline__ void rescale(float new_max) {
-    const float factor = __expf(max - new_max);
-    max = new_max;
-    sum *= factor;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) out[i] *= factor;
-  }
-};
-
-// kVec elements from global to shared memory: 16 bytes asynchronously, a lone element at once.
-template <class Element, int kVec>
-__device__ __forceinline__ void fetch(Vector<Element, kVec>* slot, const Element* source) {
-  if constexpr (sizeof(*slot) == 16) {
-    cp_async_16(static_cast<uint32_t>(__cvta_generic_to_shared(slot)), source, true);
-  } else {
-    *slot = *reinterpret_cast<const Vector<Element, kVec>*>(source);
-  }
+// 2^x; 0 where that is no normal number.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 template <class Element, int kVec, int kChunks, int kLanes>
-__global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM<kChunks>)
+__global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM<Element>)
     sliding_window_decode_kernel(const __grid_constant__ WindowDecodeArgs a) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   using Vec = Vector<Element, kVec>;
-  constexpr int kStages = kWindowDecodeStages;
-  constexpr int kThreads = kWindowDecodeThreads, kWarps = kThreads / 32;
-  constexpr int kGroups = kThreads / kLanes, kSize = kChunks * kVec;
-  constexpr int kWidth = kLanes * kSize;  // >= V
-  __shared__ Vec sKeys[kStages][kChunks][kThreads], sValues[kStages][kChunks][kThreads];
-  __shared__ float sQ[kWidth], sK[kWidth], sV[kWidth];
-  __shared__ float sOut[kWarps][kWidth], sMax[kWarps], sSum[kWarps];
+  constexpr int kKeys = kWindowDecodeKeys<kChunks>, kThreads = kWindowDecodeThreads;
+  constexpr int kWarps = kThreads / 32, kGroups = kThreads / kLanes;
+  constexpr int kSize = kChunks * kVec, kWidth = kLanes * kSize;  // of a lane, of a group: >= V
+  __shared__ __align__(16) float sQ[kWidth], sK[kWidth], sV[kWidth], sOut[kWarps][kWidth];
+  __shared__ float sMax[kWarps], sSum[kWarps];
   const int64_t b = blockIdx.x / unsigned(a.heads), h = blockIdx.x % unsigned(a.heads);
   const int tid = threadIdx.x, V = a.V, lane = tid % kLanes, group = tid / kLanes;
   Element* gOut = static_cast<Element*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1];
@@ -89,142 +67,158 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
   const int64_t position = a.positions[b];
   const RowKind kind = row.kind == RowKind::kRun && position < 0 ? RowKind::kBad : row.kind;
   if (kind != RowKind::kRun) {
+#pragma unroll 1
     for (int i = tid; i < V; i += kThreads) gOut[i] = from_float<Element>(filler(kind));
     return;
   }
-  // Slots fill up in order: those present are the first ones, and their order does not matter.
+  // Slots fill up in order: those present are the first ones, and their order does not matter. This
+  // token's own key and value do not come from the ring, they go there.
   const int present = static_cast<int>(min(position, int64_t(a.window - 1))) + 1;
   const int current = static_cast<int>(position % a.window);
-  const auto rows_of = [&](void* cache, const int64_t* stride) {
+  const auto there = [&](int s) { return s < present && s != current; };
+  const auto ring_of = [&](void* cache, const int64_t* stride) {
     return static_cast<Element*>(cache) + row.slot * stride[0] + h * stride[2];
   };
-  Element* gK = rows_of(a.k_cache, a.k_cache_stride);
-  Element* gV = rows_of(a.v_cache, a.v_cache_stride);
+  Element* gKeys = ring_of(a.k_cache, a.k_cache_stride);
+  Element* gValues = ring_of(a.v_cache, a.v_cache_stride);
 
-  // A thread reads back only what it fetched itself, so no barrier is between the two. This token's
-  // own key and value do not come from the ring, they go there.
-  int next = group;  // the next key of this group to fetch
-  const auto fetch_stage = [&](int stage) {
+  // This lane's part of rows s, s + kGroups, ...; zeros where there are none.
+  Vec keys[kKeys][kChunks], values[kKeys][kChunks];
+  const int64_t key_step = a.k_cache_stride[1], value_step = a.v_cache_stride[1];
+  const auto fetch = [&](int s) {
+    const Element* key = gKeys + s * key_step + lane * kVec;
+    const Element* value = gValues + s * value_step + lane * kVec;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int i = (c * kLanes + lane) * kVec;
-      if (next >= present || next == current || i >= V) continue;
-      fetch<Element, kVec>(&sKeys[stage][c][tid], gK + next * a.k_cache_stride[1] + i);
-      fetch<Element, kVec>(&sValues[stage][c][tid], gV + next * a.v_cache_stride[1] + i);
+    for (int j = 0; j < kKeys; ++j) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int at = c * kLanes * kVec;
+        const bool valid = there(s + j * kGroups) && lane * kVec + at < V;
+        keys[j][c] = valid ? load_once<kVec>(key + at) : Vec{};
+        values[j][c] = valid ? load_once<kVec>(value + at) : Vec{};
+      }
+      key += kGroups * key_step, value += kGroups * value_step;
     }
-    cp_async_commit();
-    next += kGroups;
   };
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) fetch_stage(stage);
+  fetch(group);
 
-  const auto token = [&](const void* x, const int64_t* stride) {
+  // q, k and v in fp32; with the scale and log2(e) in q, weights are powers of two. Dim j < R is
+  // rotated with dim j + R, by the angle j, and rounded, as by a rotation before the call.
+  const auto row_of = [&](const void* x, const int64_t* stride) {
     return static_cast<const Element*>(x) + b * stride[0] + h * stride[1];
   };
-  const float* gCos = a.cos + b * a.cos_stride;
-  const float* gSin = a.sin + b * a.sin_stride;
-  const Element *gNewQ = token(a.q, a.q_stride), *gNewK = token(a.k, a.k_stride);
-  const Element* gNewV = token(a.v, a.v_stride);
-  for (int i = tid; i < V; i += kThreads) {
-    const float q = rotated(gNewQ, i, gCos, gSin, a.rotary);
-    const float k = rotated(gNewK, i, gCos, gSin, a.rotary);
-    const float v = to_float(gNewV[i]);
-    sQ[i] = q * a.scale, sK[i] = k, sV[i] = v;
-    gK[current * a.k_cache_stride[1] + i] = from_float<Element>(k);
-    gV[current * a.v_cache_stride[1] + i] = from_float<Element>(v);
+  const Element *gQ = row_of(a.q, a.q_stride), *gK = row_of(a.k, a.k_stride);
+  const Element* gV = row_of(a.v, a.v_stride);
+#pragma unroll 1
+  for (int i = tid; i < kWidth; i += kThreads) {
+    Element q{}, k{}, v{};
+    if (i < V) {
+      q = gQ[i], k = gK[i], v = gV[i];
+      if (i < 2 * a.rotary) {
+        const bool low = i < a.rotary;
+        const int other = low ? i + a.rotary : i - a.rotary, j = low ? i : other;
+        const Element other_q = gQ[other], other_k = gK[other];
+        const float cos = a.cos[b * a.cos_stride + j], sin = a.sin[b * a.sin_stride + j];
+        const auto rotated = [&](Element x, Element y) {
+          return from_float<Element>(to_float(x) * cos + to_float(y) * (low ? -sin : sin));
+        };
+        q = rotated(q, other_q), k = rotated(k, other_k);
+      }
+      gKeys[current * key_step + i] = k;
+      gValues[current * value_step + i] = v;
+    }
+    sQ[i] = to_float(q) * (a.scale * 1.44269504f), sK[i] = to_float(k), sV[i] = to_float(v);
   }
   __syncthreads();
-  float rQ[kSize];
+
+  // Every warp begins with the score of the token itself, the first group with its value too.
+  float query[kSize], out[kSize], max = 0, sum = group == 0 ? 1.0f : 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const int at = (c * kLanes + lane) * kVec + i;
-      rQ[c * kVec + i] = at < V ? sQ[at] : 0.0f;
+      query[c * kVec + i] = sQ[at];
+      max += sQ[at] * sK[at];
+      out[c * kVec + i] = group == 0 ? sV[at] : 0.0f;
     }
   }
-  // Chunk c of key or value s, as fp32; 0 past V.
-  const auto read = [&](float* x, const Vec& fetched, const float* own, int c, int s) {
-    const int at = (c * kLanes + lane) * kVec;
-    if (s == current && at < V) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) x[i] = own[at + i];
-    } else if (s < present && at < V) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) x[i] = fetched[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) x[i] = 0.0f;
-    }
-  };
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) max += __shfl_xor_sync(0xffffffffu, max, mask);
 
-  Partial<kSize> part;
-  int stage = 0;
-  for (int first = 0; first < present; first += kGroups) {
-    const int s = first + group;
-    cp_async_wait<kStages - 1>();
-    float score = 0;
+  for (int first = 0;;) {
+    float score[kKeys] = {}, new_max = max;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      float key[kVec];
-      read(key, sKeys[stage][c][tid], sK, c, s);
+    for (int j = 0; j < kKeys; ++j) {
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) score += rQ[c * kVec + i] * key[i];
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) score[j] += query[c * kVec + i] * keys[j][c][i];
+      }
     }
 #pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-      score += __shfl_xor_sync(0xffffffffu, score, mask);
-    }
-    const bool there = s < present;
-    part.rescale(there ? fmaxf(part.max, score) : part.max);
-    const float weight = there ? __expf(score - part.max) : 0.0f;
-    part.sum += weight;
+    for (int j = 0; j < kKeys; ++j) {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      float value[kVec];
-      read(value, sValues[stage][c][tid], sV, c, s);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) part.out[c * kVec + i] += weight * value[i];
+      for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+        score[j] += __shfl_xor_sync(0xffffffffu, score[j], mask);
+      }
+      if (!there(first + group + j * kGroups)) score[j] = -INFINITY;
+      new_max = fmaxf(new_max, score[j]);
     }
-    fetch_stage(stage);
-    stage = stage + 1 < kStages ? stage + 1 : 0;
+#pragma unroll
+    for (int mask = kLanes; mask < 32; mask *= 2) {
+      new_max = fmaxf(new_max, __shfl_xor_sync(0xffffffffu, new_max, mask));
+    }
+    const float factor = power_of_two(max - new_max);
+    max = new_max, sum *= factor;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) out[i] *= factor;
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      const float weight = power_of_two(score[j] - max);
+      sum += weight;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) out[c * kVec + i] += weight * values[j][c][i];
+      }
+    }
+    first += kKeys * kGroups;
+    if (first >= present) break;
+    fetch(first + group);
   }
 
   // The groups of a warp, then the warps.
 #pragma unroll
   for (int mask = kLanes; mask < 32; mask *= 2) {
-    part.rescale(fmaxf(part.max, __shfl_xor_sync(0xffffffffu, part.max, mask)));
-    part.sum += __shfl_xor_sync(0xffffffffu, part.sum, mask);
+    sum += __shfl_xor_sync(0xffffffffu, sum, mask);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      part.out[i] += __shfl_xor_sync(0xffffffffu, part.out[i], mask);
-    }
+    for (int i = 0; i < kSize; ++i) out[i] += __shfl_xor_sync(0xffffffffu, out[i], mask);
   }
   const int warp = tid / 32;
   if (tid % 32 < kLanes) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        sOut[warp][(c * kLanes + lane) * kVec + e] = part.out[c * kVec + e];
-      }
+      for (int i = 0; i < kVec; ++i) sOut[warp][(c * kLanes + lane) * kVec + i] = out[c * kVec + i];
     }
-    if (lane == 0) sMax[warp] = part.max, sSum[warp] = part.sum;
+    if (lane == 0) sMax[warp] = max, sSum[warp] = sum;
   }
   __syncthreads();
-  float max = sMax[0], sum = 0, factor[kWarps];
+  float total = 0, factor[kWarps];
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) max = fmaxf(max, sMax[w]);
+  for (int w = 0; w < kWarps; ++w) max = fmaxf(max, sMax[w]);
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    factor[w] = __expf(sMax[w] - max);
-    sum += factor[w] * sSum[w];
+    factor[w] = power_of_two(sMax[w] - max);
+    total += factor[w] * sSum[w];
   }
+#pragma unroll 1
   for (int i = tid; i < V; i += kThreads) {
-    float out = 0;
+    float x = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) out += factor[w] * sOut[w][i];
-    gOut[i] = from_float<Element>(out / sum);
+    for (int w = 0; w < kWarps; ++w) x += factor[w] * sOut[w][i];
+    gOut[i] = from_float<Element>(x / total);
   }
 }
 
