@@ -328,6 +328,65 @@ def decode_block(
     )
 
 
+def decode_blocks(rows, count, width, inner, taps, dtype, device, others, **targets):
+    """As many blocks between convolutions of 2 width channels. Their tensors follow mixed, x and
+    the counters, eight of each: six weights, then weight and state of the convolution."""
+    channels = 2 * width
+    matrices = (width, channels), (2 * inner, width), (width, inner), (2 * channels, width)
+
+    def inputs(generator):
+        draw = _normal(generator, dtype, device)
+        blocks = []
+        for _ in range(count):
+            out, fc1, fc2, after = (draw(*shape) / shape[1] ** 0.5 for shape in matrices)
+            blocks += [out, draw(width), fc1, fc2, draw(width), after]
+            blocks += [draw(channels, taps), draw(rows, channels, taps - 1)]
+        x = _normal(generator, torch.float32, device)(rows, width)
+        return draw(rows, channels), x, torch.zeros(8, dtype=torch.int32, device=device), *blocks
+
+    def ours(mixed, x, counters, *blocks):
+        blocks = [
+            based_ops.DecodeBlock(*weights, conv_weight=weight, conv_state=state)
+            for *weights, weight, state in zip(*[iter(blocks)] * 8)
+        ]
+        return based_ops.decode_blocks(mixed, x, blocks, counters)
+
+    states = range(10, 3 + 8 * count, 8)
+    weights = count * sum(a * b for a, b in matrices)
+    kept = count * channels * (taps + rows * 2 * (taps - 1))
+    return Case(
+        "decode_blocks",
+        "decode",
+        f"B{rows} {count} of {channels}, {width}, {inner}, {2 * channels} K{taps}",
+        dtype,
+        inputs,
+        oracle.in_place(one_by_one(baselines.decode_block_conv), *states),
+        [
+            in_place(OURS, ours, *states),
+            *(in_place(name, one_by_one(block), *states) for name, block in others),
+        ],
+        bytes=(weights + kept + rows * 2 * channels) * dtype.itemsize + rows * 2 * width * 4,
+        flops=rows * 2 * weights,
+        **targets,
+    )
+
+
+def one_by_one(block):
+    """A chain of blocks, as decode_blocks() gives their tensors."""
+
+    def run(mixed, x, counters, *blocks):
+        for *weights, weight, state in zip(*[iter(blocks)] * 8):
+            x, mixed = block(mixed, x, *weights, counters, weight, state)
+        return x, mixed
+
+    return run
+
+
+def decode_block_conv(*args):
+    """decode_block with a convolution, whose weight and state come last."""
+    return based_ops.decode_block(*args[:9], conv_weight=args[9], conv_state=args[10])
+
+
 def block_then_conv(*args):
     """decode_block with a convolution as two ops."""
     *block, weight, state = args

@@ -20,6 +20,7 @@ def cases():
         *short_conv(bf16),
         *skinny_linear(bf16),
         *decode_block(bf16),
+        *decode_blocks(bf16),
         *taylor_feature_map(bf16),
     ]
 
@@ -141,6 +142,16 @@ def decode_block(bf16):
         case = partial(build.decode_block, rows, 3584, 1792, 3584, 7168, **bf16)
         yield case(others=others)
         yield case(others=with_conv, taps=3)
+
+
+def decode_blocks(bf16):
+    """The four between an attending layer of based-1.4b and the next one."""
+    others = [
+        ("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block_conv)),
+        ("decode_block, one by one", build.decode_block_conv),
+    ]
+    for rows in (1, 8, 32, 64, 128):
+        yield build.decode_blocks(rows, 4, 1792, 3584, 3, others=others, **bf16)
 
 
 def taylor_feature_map(bf16):
