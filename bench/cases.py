@@ -367,6 +367,7 @@ def decode_blocks(rows, count, width, inner, taps, dtype, device, others, **targ
         ],
         bytes=(weights + kept + rows * 2 * channels) * dtype.itemsize + rows * 2 * width * 4,
         flops=rows * 2 * weights,
+        links=count,
         **targets,
     )
 

@@ -51,6 +51,7 @@ class Case:
     target_ms, target_floor: how fast ours has to be, and how much of its time the floor has to be.
     input_sets: how many the calls rotate over; None for as many as outgrow the last cache.
     steps: how many steps one call of run takes; bytes, flops and times are those of one.
+    links: ops of the kind that follow one another in one call, each with its roundings.
     """
 
     op: str
@@ -67,6 +68,7 @@ class Case:
     target_floor: float | None = None
     input_sets: int | None = None
     steps: int = 1
+    links: int = 1
     sample: Callable = lambda tensor: tensor
 
     def __post_init__(self):
@@ -90,7 +92,7 @@ class Case:
     def tolerance(self, index):
         """Of the index-th output: in a backward case, every one after the first is a gradient."""
         forward, gradient = TOLERANCE[self.dtype]
-        return gradient if self.backward and index > 0 else forward
+        return self.links * (gradient if self.backward and index > 0 else forward)
 
 
 def dtype_name(dtype):

@@ -4,6 +4,7 @@
 
 #include "based/ops.h"
 #include "linear_attention_decode/fold.cuh"
+#include "primitives/device.h"
 #include "primitives/dispatch.h"
 #include "primitives/vector.cuh"
 
@@ -49,12 +50,12 @@ Status check_limits(const char* op, const DecodeArgs& a, int64_t blocks) {
     return make_status(StatusCode::kUnsupported, "%s: %s on CUDA, got %lld", op, what,
                        static_cast<long long>(got));
   };
-  static_assert(kDecodeMaxFeatureDim == 64 && kDecodeMaxHeadDim == 1024 && kDecodeThreads == 256 &&
-                    kDecodeMaxPending == 64,
+  static_assert(kDecodeMaxFeatureDim == 64 && kDecodeMaxHeadDim == 1024 &&
+                    kDecodeMaxThreads == 256 && kDecodeMaxPending == 64,
                 "the numbers in these messages");
   if (blocks > INT32_MAX) return unsupported("q: expected B * H < 2^31", blocks);
   if (a.D > kDecodeMaxFeatureDim) return unsupported("q: expected feature_dim <= 64", a.D);
-  if (a.V > kDecodeMaxHeadDim || (a.V % 4 != 0 && a.V > kDecodeThreads)) {
+  if (a.V > kDecodeMaxHeadDim || (a.V % 4 != 0 && a.V > kDecodeMaxThreads)) {
     return unsupported("v: expected head_dim <= 256, or a multiple of 4 up to 1024,", a.V);
   }
   if (a.capacity > kDecodeMaxPending) return unsupported("pending_k: expected C <= 64", a.capacity);
@@ -62,40 +63,49 @@ Status check_limits(const char* op, const DecodeArgs& a, int64_t blocks) {
 }
 
 // A block has as many rows of the state side by side as its threads allow.
-template <int kVec>
-void set_shape(DecodeArgs& a) {
-  a.columns = a.V / kVec;
-  a.groups = std::min(kDecodeThreads / a.columns, kDecodeMaxGroups);
-  const int fitting = kDecodeTileBytes / (static_cast<int>(sizeof(float)) * a.V);
-  a.tile_rows = std::min((a.F + kDecodeStages - 1) / kDecodeStages, fitting);
+void set_shape(DecodeArgs& a, int vec) {
+  a.columns = a.V / vec;
+  a.groups = std::clamp(kDecodeThreads / a.columns, 1, kDecodeMaxGroups);
+  a.tile_rows = std::min(a.F, kDecodeTileBytes / (static_cast<int>(sizeof(float)) * a.V));
   a.tile_count = (a.F + a.tile_rows - 1) / a.tile_rows;
 }
 
 template <bool kDeferred>
-Status launch(const char* op, const LinearAttentionDecodeParams& p, DecodeArgs a, Stream stream) {
-  const int64_t blocks = p.q.size[0] * p.q.size[1];
-  const Status status = check_limits(op, a, blocks);
-  if (!status.ok() || blocks == 0) return status;
-  a.aligned = rows_are_vectors(p.kv_state, 4, sizeof(float));
+Status launch(const char* op, const LinearAttentionDecodeParams& p, const TensorView& pending_k,
+              const TensorView& pending_v, DecodeArgs a, Stream stream) {
+  const int64_t count = p.q.size[0] * p.q.size[1];
+  const Status status = check_limits(op, a, count);
+  if (!status.ok() || count == 0) return status;
   a.contiguous = p.kv_state.stride[2] == a.V;
   return dispatch_element(op, p.q.dtype, [&](auto type) {
     using Element = typename decltype(type)::type;
-    const auto run = [&](auto vec) {
+    const auto vectors = [](const TensorView& x) {
+      return rows_are_vectors(x, 4, sizeof(Element));
+    };
+    a.key_vectors = vectors(p.q) && vectors(p.k) && vectors(pending_k);
+    const auto run = [&](auto vec, auto aligned) {
       constexpr int kVec = decltype(vec)::value;
-      set_shape<kVec>(a);
-      const int threads = (a.columns * a.groups + 31) / 32 * 32;
-      const int shared = 4 * decode_shared_floats(a.D, a.F, a.V, a.capacity, a.tile_rows, a.columns,
-                                                  kVec, a.groups, kDeferred);
-      const auto kernel = linear_attention_decode_kernel<Element, kVec, kDeferred>;
-      if (shared > 47 * 1024) {  // more than a block gets without asking
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      constexpr bool kAligned = decltype(aligned)::value;
+      set_shape(a, kVec);
+      const int threads = std::max(kDecodeThreads, (a.columns * a.groups + 31) / 32 * 32);
+      const int shared = 4 * DecodeShared(a, sizeof(Element), kDeferred).end;
+      const auto kernel = linear_attention_decode_kernel<Element, kVec, kAligned, kDeferred>;
+      if (!allow_shared(reinterpret_cast<const void*>(kernel), shared)) {
+        return make_status(StatusCode::kUnsupported,
+                           "%s: pending_v: expected C * head_dim to fit a block's shared memory on "
+                           "CUDA, got C = %d, head_dim = %d",
+                           op, a.capacity, a.V);
       }
-      launch_early<DecodeArgs>(kernel, static_cast<unsigned>(blocks), threads, shared,
+      launch_early<DecodeArgs>(kernel, static_cast<unsigned>(count), threads, shared,
                                static_cast<cudaStream_t>(stream), a);
       return launch_status(op);
     };
-    return a.V % 4 == 0 ? run(std::integral_constant<int, 4>{})
-                        : run(std::integral_constant<int, 1>{});
+    using One = std::integral_constant<int, 1>;
+    using Four = std::integral_constant<int, 4>;
+    if (a.V % 4 != 0) return run(One{}, std::true_type{});
+    const bool aligned =
+        rows_are_vectors(p.kv_state, 4, sizeof(float)) && vectors(p.v) && vectors(pending_v);
+    return aligned ? run(Four{}, std::true_type{}) : run(Four{}, std::false_type{});
   });
 }
 
@@ -106,7 +116,7 @@ Status linear_attention_decode(const LinearAttentionDecodeParams& p, void*, Stre
   if (!status.ok()) return status;
   DecodeArgs a{};
   set_state(a, p), set_tokens(a, p);
-  return launch<false>("linear_attention_decode", p, a, stream);
+  return launch<false>("linear_attention_decode", p, TensorView{}, TensorView{}, a, stream);
 }
 
 Status linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParams& p, void*,
@@ -115,7 +125,7 @@ Status linear_attention_decode_deferred(const LinearAttentionDecodeDeferredParam
   if (!status.ok()) return status;
   DecodeArgs a{};
   set_state(a, p), set_tokens(a, p), set_pending(a, p);
-  return launch<true>("linear_attention_decode_deferred", p, a, stream);
+  return launch<true>("linear_attention_decode_deferred", p, p.pending_k, p.pending_v, a, stream);
 }
 
 Status linear_attention_fold(const LinearAttentionFoldParams& p, void*, Stream stream) {
@@ -130,7 +140,7 @@ Status linear_attention_fold(const LinearAttentionFoldParams& p, void*, Stream s
   if (!status.ok() || blocks == 0) return status;
   return dispatch_element(op, p.pending_k.dtype, [&](auto type) {
     linear_attention_fold_kernel<typename decltype(type)::type>
-        <<<static_cast<unsigned>(blocks), kDecodeThreads, sizeof(float) * a.capacity * a.D,
+        <<<static_cast<unsigned>(blocks), kDecodeMaxThreads, sizeof(float) * a.capacity*(a.D + 1),
            static_cast<cudaStream_t>(stream)>>>(a);
     return launch_status(op);
   });

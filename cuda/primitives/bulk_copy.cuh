@@ -13,10 +13,22 @@ constexpr bool kHasBulkCopy = true;
 #endif
 
 // By one thread: `bytes` (a multiple of 16) between 16-byte aligned addresses. They arrive on the
-// mbarrier at that address in shared memory, which expects them.
+// mbarrier at that address in shared memory, which expects them. kOnce: nobody reads them again
+// soon, so they are the first to leave L2.
+template <bool kOnce = false>
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes,
                                            uint32_t barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kOnce) {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;\n" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+    return;
+  }
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
           "r"(to),
@@ -39,12 +51,14 @@ struct CopyBarrier {
   }
 
   // By that thread: `bytes` (a multiple of 16) between 16-byte aligned addresses.
+  template <bool kOnce = false>
   __device__ __forceinline__ void copy(void* shared, const void* global, uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(address()), "r"(bytes)
                  : "memory");
 #endif
-    copy_bytes(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), global, bytes, address());
+    copy_bytes<kOnce>(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), global, bytes,
+                      address());
   }
 
   // Until the phase of this parity (0, 1, 0, ...) has ended.

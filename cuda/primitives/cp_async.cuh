@@ -1,4 +1,4 @@
-// Asynchronous copies of 16 or 4 bytes from global to shared memory.
+// Asynchronous copies of 16, 8 or 4 bytes from global to shared memory.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) {
