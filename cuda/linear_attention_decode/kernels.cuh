@@ -148,6 +148,8 @@ __global__ void __launch_bounds__(kDecodeMaxThreads, kDecodeMinBlocks)
   __syncwarp();  // orders init and copy for racecheck, which takes them for two lanes' accesses
 
   wait_for_earlier_kernels();
+  IndexVector::Words waiting{};  // asked for together with the slot
+  if constexpr (kDeferred) waiting = a.fill.load(b);
   const DecodeRow row = decode_row(a.state_indices, b, a.slots);
   if (row.kind != RowKind::kRun) return fill_row(gOut, V, filler(row.kind));
   float* gS = a.kv_state + row.slot * a.kv_stride[0] + h * a.kv_stride[1];
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kDecodeMaxThreads, kDecodeMinBlocks)
   tile.fetch(0);
   int pending = 0;
   if constexpr (kDeferred) {
-    const int64_t n = a.fill[b];
+    const int64_t n = a.fill.value(waiting);
     if (n < 0 || n >= a.capacity) {
       __syncthreads();
       tile.wait(0);  // no copy may come to shared memory that is another block's

@@ -15,6 +15,19 @@ struct IndexVector {
   int64_t size;
   bool is_int32;
 
+  // An element on its way: value() is the first to wait for it.
+  struct Words {
+    int32_t low, high;
+  };
+  __device__ __forceinline__ Words load(int64_t i) const {
+    const int32_t* words = static_cast<const int32_t*>(data) + (is_int32 ? 1 : 2) * i * stride;
+    return {words[0], is_int32 ? 0 : words[1]};
+  }
+  __device__ __forceinline__ int64_t value(Words x) const {
+    const uint64_t whole = uint64_t(uint32_t(x.high)) << 32 | uint32_t(x.low);
+    return is_int32 ? x.low : static_cast<int64_t>(whole);
+  }
+
   __device__ __forceinline__ int64_t operator[](int64_t i) const {
     return is_int32 ? static_cast<const int32_t*>(data)[i * stride]
                     : static_cast<const int64_t*>(data)[i * stride];
