@@ -124,8 +124,6 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
         };
         q = rotated(q, other_q), k = rotated(k, other_k);
       }
-      gKeys[current * key_step + i] = k;
-      gValues[current * value_step + i] = v;
     }
     sQ[i] = to_float(q) * (a.scale * 1.44269504f), sK[i] = to_float(k), sV[i] = to_float(v);
   }
@@ -219,6 +217,8 @@ __global__ void __launch_bounds__(kWindowDecodeThreads, kWindowDecodeBlocksPerSM
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) x += factor[w] * sOut[w][i];
     gOut[i] = from_float<Element>(x / total);
+    gKeys[current * key_step + i] = from_float<Element>(sK[i]);
+    gValues[current * value_step + i] = from_float<Element>(sV[i]);
   }
 }
 
