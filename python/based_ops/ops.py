@@ -153,7 +153,8 @@ def linear_attention_decode_deferred(
 
     Raises:
         RuntimeError: on mismatched arguments, a slot out of range or used twice, fill outside
-            0 ... C-1, or when grad is enabled and an input requires it.
+            0 ... C-1, a ring that does not fit a block's shared memory (on CUDA, C V above some
+            45,000 float32 values), or when grad is enabled and an input requires it.
     """
     op = "linear_attention_decode_deferred"
     forbid_grad(op, q=q, k=k, v=v, kv_state=kv_state, k_state=k_state)
