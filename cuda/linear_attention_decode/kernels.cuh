@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(kDecodeMaxThreads, kDecodeMinBlocks)
   for (int t = group; t < count && active; t += groups) {
     copy_elements<kVec, kAligned>(sV + t * V + column, tokens.value(t) + column);
   }
+  cp_async_commit();
   // q and the keys: `key_step` elements a thread, so many tokens side by side.
   const int key_step = a.key_vectors ? 4 : 1;
   const int key_columns = D / key_step, key_rows = blockDim.x / unsigned(key_columns);

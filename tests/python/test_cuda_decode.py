@@ -288,3 +288,42 @@ def test_many_heads_and_rows():
     state = [torch.zeros(batch, nheads, expanded_dim(2), *w, device="cuda") for w in ((8,), ())]
     out = based_ops.linear_attention_decode(*token, *state)
     assert (out - token[2]).abs().max() < 1e-5  # the first token of every row sees itself alone
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_every_row_of_a_full_gpu(deferred):
+    """States far larger than the caches, rows that begin one step after the other: every output
+    against its own sum over all tokens."""
+    batch, nheads, feature_dim, head_dim, steps = 128, 28, 16, 64, 40
+    shape = batch, nheads
+    widths = (head_dim,), ()
+    state = [torch.zeros(*shape, expanded_dim(feature_dim), *w, device="cuda") for w in widths]
+    history = [
+        torch.randn(steps, *shape, n, device="cuda").to(BF16)
+        for n in (feature_dim, feature_dim, head_dim)
+    ]
+    rings = [
+        torch.full((batch, 16, nheads, n), float("nan"), dtype=BF16, device="cuda")
+        for n in (feature_dim, head_dim)
+    ]
+    rows = torch.arange(batch, device="cuda")
+    begin, fill = rows % 19, torch.zeros_like(rows)
+    for step in range(steps):
+        runs = begin <= step
+        slots = torch.where(runs, rows, -1)
+        token = [x[step] for x in history]
+        if deferred:
+            out = based_ops.linear_attention_decode_deferred(
+                *token, *state, *rings, fill, state_indices=slots
+            )
+        else:
+            out = based_ops.linear_attention_decode(*token, *state, state_indices=slots)
+        fill = torch.where(runs, (fill + 1) % 16, fill)
+        q, k, v = token[0].double(), *(x[: step + 1].double() for x in history[1:])
+        s = torch.einsum("bhd,tbhd->tbh", q, k) * feature_dim**-0.5
+        seen = torch.arange(step + 1, device="cuda")[:, None] >= begin
+        w = (1 + s + s * s / 2) * seen[..., None]
+        exact = torch.einsum("tbh,tbhv->bhv", w, v) / w.sum(0)[..., None]
+        error = (out.double() - exact)[runs].norm(dim=-1) / exact[runs].norm(dim=-1)
+        assert error.max() < 1e-2, (step, error.max())
+        assert not out[~runs].any()
