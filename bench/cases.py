@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 import based_ops
 import baselines
@@ -32,7 +31,7 @@ def linear_attention(
     """queries: the tokens whose output is checked, in a forward too long to check all of it."""
 
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         q, k = (draw(batch, seqlen, nheads, feature_dim) for _ in range(2))
         count = 1 if work == "forward" else 2  # v, then dout
         return q, k, *(draw(batch, seqlen, nheads, head_dim) for _ in range(count))
@@ -61,7 +60,7 @@ def linear_attention_decode(
     batch, nheads, feature_dim, head_dim, dtype, device, others, input_sets=None, **targets
 ):
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         q, k = (draw(batch, nheads, feature_dim) for _ in range(2))
         # A state that 64 tokens left behind: random numbers would not make a denominator.
         past = reference.taylor_feature_map(draw(batch, 64, nheads, feature_dim).float())
@@ -92,7 +91,7 @@ def linear_attention_decode_deferred(
     form, which writes it in every step."""
 
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         plain = linear_attention_decode(batch, nheads, feature_dim, head_dim, dtype, device, [])
         state = plain.inputs(generator)[3:]
         q, k = (draw(pending, batch, nheads, feature_dim) for _ in range(2))
@@ -140,7 +139,7 @@ def sliding_window_attention(
     batch, nheads, seqlen, head_dim, window, dtype, device, others, work="forward", **targets
 ):
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         count = 3 if work == "forward" else 4
         return tuple(draw(batch, seqlen, nheads, head_dim) for _ in range(count))
 
@@ -169,7 +168,7 @@ def sliding_window_attention(
 
 def sliding_window_decode(batch, nheads, head_dim, window, dtype, device, others, **targets):
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         q, k, v = (draw(batch, nheads, head_dim) for _ in range(3))
         k_cache, v_cache = (draw(batch, window, nheads, head_dim) for _ in range(2))
         positions = torch.arange(batch, device=device) * 7 + window  # every ring is full
@@ -196,7 +195,7 @@ def short_conv(
     """halves: x and gate are those of one tensor, as a projection in a model gives them."""
 
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         x, gate, dout = (draw(batch, seqlen, channels) for _ in range(3))
         if halves:
             x, gate = torch.cat([x, gate], -1).chunk(2, -1)
@@ -223,7 +222,7 @@ def short_conv(
 
 def short_conv_decode(batch, channels, taps, dtype, device, others, **targets):
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         state = draw(batch, channels, taps - 1)
         return draw(batch, channels), draw(channels, taps), state, draw(batch, channels)
 
@@ -248,7 +247,7 @@ def taylor_feature_map(
     batch, seqlen, nheads, feature_dim, dtype, device, others, work="forward", **targets
 ):
     def inputs(generator):
-        draw = _normal(generator, dtype, device)
+        draw = normal(generator, dtype, device)
         x = draw(batch, seqlen, nheads, feature_dim)
         return (x,) if work == "forward" else (x, draw(*x.shape[:3], _expanded(feature_dim)))
 
@@ -264,136 +263,6 @@ def taylor_feature_map(
         bytes=_bytes(rows * feature_dim, rows * _expanded(feature_dim), dtype, work),
         **targets,
     )
-
-
-def skinny_linear(rows, width, columns, dtype, device, others, swiglu=False, **targets):
-    def inputs(generator):
-        draw = _normal(generator, dtype, device)
-        return draw(rows, width), draw(columns, width) / width**0.5
-
-    features = columns // 2 if swiglu else columns
-    return Case(
-        "skinny_linear",
-        "decode",
-        f"B{rows} {width} to {columns}" + (" swiglu" if swiglu else ""),
-        dtype,
-        inputs,
-        oracle.plain(baselines.linear_swiglu if swiglu else F.linear),
-        [Implementation(OURS, partial(based_ops.skinny_linear, swiglu=swiglu)), *others],
-        bytes=(rows * (width + features) + columns * width) * dtype.itemsize,
-        flops=rows * 2 * width * columns,
-        **targets,
-    )
-
-
-def decode_block(
-    rows, mixed_width, width, inner, columns, dtype, device, others, taps=None, **targets
-):
-    """width: of the residual stream; inner: of the MLP; columns: of the next projection; taps: of
-    the convolution that follows it, whose weight and state are then the last two arguments."""
-    channels = columns // 2 if taps else columns
-    conv_shapes = ((channels, taps), (rows, channels, taps - 1)) if taps else ()
-    shapes = (width, mixed_width), (2 * inner, width), (width, inner), (columns, width)
-
-    def inputs(generator):
-        draw = _normal(generator, dtype, device)
-        out, fc1, fc2, after = (draw(*shape) / shape[1] ** 0.5 for shape in shapes)
-        x = _normal(generator, torch.float32, device)(rows, width)
-        counters = torch.zeros(8, dtype=torch.int32, device=device)
-        norms = draw(width), draw(width)
-        block = x, out, norms[0], fc1, fc2, norms[1], after, counters
-        return draw(rows, mixed_width), *block, *(draw(*shape) for shape in conv_shapes)
-
-    def ours(*args):
-        weight, state = args[9:] or (None, None)
-        return based_ops.decode_block(*args[:9], conv_weight=weight, conv_state=state)
-
-    run = baselines.decode_block_conv if taps else baselines.decode_block
-    states = (10,) if taps else ()
-    weights = sum(a * b for a, b in shapes)
-    activations = rows * ((mixed_width + channels) * dtype.itemsize + 2 * width * 4)
-    if taps:
-        activations += channels * (taps + rows * 2 * (taps - 1)) * dtype.itemsize
-    return Case(
-        "decode_block",
-        "decode",
-        f"B{rows} {mixed_width}, {width}, {inner}, {columns}" + (f" K{taps}" if taps else ""),
-        dtype,
-        inputs,
-        oracle.in_place(run, *states),
-        [in_place(OURS, ours, *states), *others],
-        bytes=weights * dtype.itemsize + activations,
-        flops=rows * 2 * weights,
-        **targets,
-    )
-
-
-def decode_blocks(rows, count, width, inner, taps, dtype, device, others, **targets):
-    """As many blocks between convolutions of 2 width channels. Their tensors follow mixed, x and
-    the counters, eight of each: six weights, then weight and state of the convolution."""
-    channels = 2 * width
-    matrices = (width, channels), (2 * inner, width), (width, inner), (2 * channels, width)
-
-    def inputs(generator):
-        draw = _normal(generator, dtype, device)
-        blocks = []
-        for _ in range(count):
-            out, fc1, fc2, after = (draw(*shape) / shape[1] ** 0.5 for shape in matrices)
-            blocks += [out, draw(width), fc1, fc2, draw(width), after]
-            blocks += [draw(channels, taps), draw(rows, channels, taps - 1)]
-        x = _normal(generator, torch.float32, device)(rows, width)
-        return draw(rows, channels), x, torch.zeros(8, dtype=torch.int32, device=device), *blocks
-
-    def ours(mixed, x, counters, *blocks):
-        blocks = [
-            based_ops.DecodeBlock(*weights, conv_weight=weight, conv_state=state)
-            for *weights, weight, state in zip(*[iter(blocks)] * 8)
-        ]
-        return based_ops.decode_blocks(mixed, x, blocks, counters)
-
-    states = range(10, 3 + 8 * count, 8)
-    weights = count * sum(a * b for a, b in matrices)
-    kept = count * channels * (taps + rows * 2 * (taps - 1))
-    return Case(
-        "decode_blocks",
-        "decode",
-        f"B{rows} {count} of {channels}, {width}, {inner}, {2 * channels} K{taps}",
-        dtype,
-        inputs,
-        oracle.in_place(one_by_one(baselines.decode_block_conv), *states),
-        [
-            in_place(OURS, ours, *states),
-            *(in_place(name, one_by_one(block), *states) for name, block in others),
-        ],
-        bytes=(weights + kept + rows * 2 * channels) * dtype.itemsize + rows * 2 * width * 4,
-        flops=rows * 2 * weights,
-        links=count,
-        **targets,
-    )
-
-
-def one_by_one(block):
-    """A chain of blocks, as decode_blocks() gives their tensors."""
-
-    def run(mixed, x, counters, *blocks):
-        for *weights, weight, state in zip(*[iter(blocks)] * 8):
-            x, mixed = block(mixed, x, *weights, counters, weight, state)
-        return x, mixed
-
-    return run
-
-
-def decode_block_conv(*args):
-    """decode_block with a convolution, whose weight and state come last."""
-    return based_ops.decode_block(*args[:9], conv_weight=args[9], conv_state=args[10])
-
-
-def block_then_conv(*args):
-    """decode_block with a convolution as two ops."""
-    *block, weight, state = args
-    x, out = based_ops.decode_block(*block)
-    u, gate = out.chunk(2, -1)
-    return x, based_ops.short_conv_decode(u, weight, state, activation="silu", gate=gate)
 
 
 def in_place(name, run, *states):
@@ -448,7 +317,7 @@ def _expanded(feature_dim):
     return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
 
 
-def _normal(generator, dtype, device):
+def normal(generator, dtype, device):
     def draw(*shape):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 

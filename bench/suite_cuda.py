@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import baselines
 import baselines_cuda as gpu
 import cases as build
+import cases_products as products
 from registry import Implementation, exchanged
 
 
@@ -126,7 +127,7 @@ def skinny_linear(bf16):
     cublas = Implementation("cuBLAS", F.linear)
     swiglu = Implementation("cuBLAS, compiled SwiGLU", gpu.compiled(baselines.linear_swiglu))
     for rows in (8, 32, 64):
-        case = partial(build.skinny_linear, rows, **bf16)
+        case = partial(products.skinny_linear, rows, **bf16)
         yield case(1792, 7168, others=[swiglu], swiglu=True)
         yield case(3584, 1792, others=[cublas])
 
@@ -136,10 +137,10 @@ def decode_block(bf16):
     others = [Implementation("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block))]
     with_conv = [
         build.in_place("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block_conv), 10),
-        build.in_place("decode_block, short_conv_decode", build.block_then_conv, 10),
+        build.in_place("decode_block, short_conv_decode", products.block_then_conv, 10),
     ]
     for rows in (1, 8, 32, 64, 128):
-        case = partial(build.decode_block, rows, 3584, 1792, 3584, 7168, **bf16)
+        case = partial(products.decode_block, rows, 3584, 1792, 3584, 7168, **bf16)
         yield case(others=others)
         yield case(others=with_conv, taps=3)
 
@@ -148,10 +149,10 @@ def decode_blocks(bf16):
     """The four between an attending layer of based-1.4b and the next one."""
     others = [
         ("torch.compile, cuBLAS", gpu.compiled(baselines.decode_block_conv)),
-        ("decode_block, one by one", build.decode_block_conv),
+        ("decode_block, one by one", products.with_conv),
     ]
     for rows in (1, 8, 32, 64, 128):
-        yield build.decode_blocks(rows, 4, 1792, 3584, 3, others=others, **bf16)
+        yield products.decode_blocks(rows, 4, 1792, 3584, 3, others=others, **bf16)
 
 
 def taylor_feature_map(bf16):

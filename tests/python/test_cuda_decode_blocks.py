@@ -33,7 +33,7 @@ def chain(rows, sizes, kind="pool"):
             slots = conv.pop("state_indices", None)
             if pool is None:
                 pool = slots
-            elif pool is not None:  # the same slots in every block
+            else:  # the same slots in every block
                 state = torch.full_like(conv["conv_state"], float("nan"))
                 used = pool[(pool >= 0) & (pool < len(state))]
                 state[used] = draw(len(used), channels, taps - 1)

@@ -1,6 +1,7 @@
 """decode_blocks where there is no kernel for it: what it refuses, what torch.compile sees, and what
 the model asks it for."""
 
+import dataclasses
 import re
 
 import pytest
@@ -9,11 +10,11 @@ from torch._subclasses import FakeTensorMode
 
 import based_ops
 import oracle
-from based_model import Based, ModelConfig, fused
+from based_model import Based, fused
 from based_ops import DecodeBlock
 from support import error
+from test_decode_block import BF16, F32, TINY, zeros
 
-BF16, F32 = torch.bfloat16, torch.float32
 N, D, MIXED, SLOTS = 3, 16, 24, 5
 WIDTHS = [(40, 32, 3), (8, 48, 2), (24, 8, 4)]  # (m, C, taps) of each block
 
@@ -47,10 +48,6 @@ def with_block(i, **changes):
     given = blocks()
     given[i] = given[i]._replace(**changes)
     return {"blocks": given}
-
-
-def zeros(*shape, dtype=BF16):
-    return torch.zeros(*shape, dtype=dtype)
 
 
 BAD = [
@@ -145,15 +142,7 @@ def test_opcheck_and_compile(last_convolves):
                 assert torch.equal(ours, theirs)
 
 
-TINY = ModelConfig(
-    layers=("conv", "linear", *("conv",) * 8, "window", "conv"),
-    d_model=32,
-    mlp_dim=48,
-    nheads=2,
-    feature_dim=8,
-    window=5,
-    vocab_size=61,
-)
+CHAINS = dataclasses.replace(TINY, layers=("conv", "linear", *("conv",) * 8, "window", "conv"))
 
 
 @pytest.mark.parametrize("taken", [6, 3, 1, 0])
@@ -161,12 +150,12 @@ def test_the_model_hands_over_chains_of_convolutions(taken, monkeypatch):
     """Of any number of layers, as many at once as the op takes, and none where its kernel is not:
     the same logits and states as layer by layer."""
     torch.manual_seed(0)
-    model = Based(TINY).double()
+    model = Based(CHAINS).double()
     for p in model.parameters():  # biases and norms too
         torch.nn.init.normal_(p, std=0.3)
     model.layers[1].mixer.join_projections()
     model.eval().requires_grad_(False)
-    tokens = torch.randint(TINY.vocab_size, (3, 12))
+    tokens = torch.randint(CHAINS.vocab_size, (3, 12))
     _, state = model.prefill(tokens[:, :4])
     copy, indices, asked = state.clone(), torch.tensor([0, -1, 2]), []
     plain = [model.decode(tokens[:, t], state, indices) for t in range(4, 12)]
